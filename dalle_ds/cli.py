@@ -1,0 +1,68 @@
+"""`dalle-ds <command>`: finds the command, runs it, and turns a user's mistake into one line and exit code 2."""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from dalle_ds import __version__
+from dalle_ds.commands import COMMANDS
+from dalle_ds.config import InputError
+
+BAD_INPUT = 2
+LATER_RANKS_WAIT = 5.0  # seconds
+# What an operating system says when the user must act: a full disk, a quota, no permission.
+USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `dalle-ds` with `arguments` (default: sys.argv) and returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(arguments[0], arguments[1:])
+    _overview().parse_args(arguments)
+    return 0
+
+
+def run_command(name: str, arguments: Sequence[str]) -> int:
+    """Parses the flags of the command `name` and runs it; returns 0, or 2 on bad input."""
+    module = importlib.import_module(f"dalle_ds.commands.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"dalle-ds {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    try:
+        module.run(parser.parse_args(arguments))
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
+            raise
+        if os.environ.get("DALLE_DS_TRACEBACK"):
+            raise
+        # Every rank finds the same mistake. The launcher ends the others once one has failed, so one line is printed.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(LATER_RANKS_WAIT)
+        print(f"dalle-ds {name}: error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    return 0
+
+
+def launch(name: str) -> None:
+    """What a launch script calls: the command with the script's own arguments."""
+    sys.exit(run_command(name, sys.argv[1:]))
+
+
+def _overview() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS)) + 2
+    lines = "\n".join(f"  {name:{width}}{summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="dalle-ds",
+        description="Train a DALL-E from your own image-text pairs, at any scale, on DeepSpeed.",
+        epilog=f"commands:\n{lines}\n\n`dalle-ds COMMAND --help` shows the flags of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dalle-ds {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below")
+    return parser

@@ -1,0 +1,14 @@
+"""The commands of `dalle-ds`: each a module with `add_arguments(parser)` and `run(args)`, imported when called."""
+
+# Name and summary; the module is the name with underscores.
+COMMANDS = {
+    "doctor": "say what works on this machine, and what to do where something does not",
+    "make-scenes": "make a data set of captioned pictures, with a list of held-out combinations",
+    "train-tokenizer": "train the caption tokenizer (byte-pair encoding)",
+    "train-dvae": "stage 1: train the discrete VAE that turns pictures into tokens",
+    "encode-images": "turn pictures into token shards with a trained dVAE",
+    "train-prior": "stage 2: train the transformer over text and image tokens",
+    "sample": "draw pictures for captions",
+    "evaluate": "measure how well pictures match their captions",
+    "report": "write one HTML page of a run",
+}

@@ -1,0 +1,196 @@
+"""Stage 1: train the discrete VAE that turns pictures into tokens.
+
+    deepspeed launch/train_dvae.py --deepspeed_config ds_configs/cpu_dvae.json --preset tiny \\
+        --data.train data/scenes/train --data.validation data/scenes/validation --out runs/dvae
+
+The same script runs as one process with plain `python`. `--resume auto` goes on with the run in --out.
+"""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dalle_ds.flags import add_flags, add_training_arguments, apply_flags
+from dalle_ds.presets import PRESETS, find_preset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from dalle_ds.config import DVAETraining
+    from dalle_ds.data.sources import Source
+    from dalle_ds.training.distributed import Ranks
+    from dalle_ds.training.session import Stage
+
+N_SHOWN, N_CODEBOOK = 16, 512
+WARM_START = "warm_start"
+WARM_START_FINAL_LR = 0.1
+SHARDED_WEIGHTS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+    add_flags(parser, PRESETS["tiny"].dvae)
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from dalle_ds.config import require
+    from dalle_ds.training.deepspeed_config import load_deepspeed_config, zero_stage
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.run import open_run
+    from dalle_ds.training.session import train_stage
+
+    config = apply_flags(find_preset(args.preset).dvae, args)
+    require(bool(config.data.train), "--data.train is missing: name a folder of pictures or shards")
+    out = Path(args.out)
+    stage_arguments: dict[str, Any] = {"resume": args.resume, "deepspeed_config": args.deepspeed_config}
+    with process_group() as ranks:
+        if config.schedule.warm_start_steps and open_run(out, args.resume) is None:
+            require(
+                zero_stage(load_deepspeed_config(args.deepspeed_config)) < SHARDED_WEIGHTS,
+                f"{args.deepspeed_config}: a warm start needs whole weights: use ZeRO stage 0, 1 or 2, "
+                "or --schedule.warm_start_steps 0",
+            )
+            stage = make_warm_start(config, ranks, out)
+            train_stage(stage, ranks, out=out / WARM_START, **{**stage_arguments, "resume": "auto"})
+        train_stage(make_stage(config, ranks, out), ranks, out=out, **stage_arguments)
+
+
+def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Stage":
+    """The same dVAE without relaxation, as a stage of its own, with a checkpoint of its own."""
+    from dataclasses import replace
+
+    from dalle_ds.training.schedules import warmup_cosine
+
+    steps = config.schedule.warm_start_steps
+    loop = replace(config.loop, steps=steps, evaluate_every=0, sample_every=0)
+    stage = make_stage(replace(config, loop=loop), ranks, out, warm=True)
+    return replace(
+        stage,
+        kind="dvae-warm-start",
+        learning_rate=lambda step: warmup_cosine(step, config.schedule.lr_warmup_steps, WARM_START_FINAL_LR, steps),
+        scalars=lambda step: {},
+        lr_multiplier=lambda name: 1.0,
+        sample=None,
+    )
+
+
+def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: bool = False) -> "Stage":
+    """The dVAE with its data, loss and schedules, for the training session; `warm` leaves the relaxation out."""
+    import torch
+
+    from dalle_ds.data.images import picture_decode
+    from dalle_ds.data.pipeline import Reader
+    from dalle_ds.data.skips import SkipLog
+    from dalle_ds.data.sources import open_source
+    from dalle_ds.models.codebook import make_codebook
+    from dalle_ds.models.dvae import DVAE
+    from dalle_ds.models.weights import load_dvae
+    from dalle_ds.training.checkpoint import complete_checkpoints
+    from dalle_ds.training.metrics import mean_over_ranks
+    from dalle_ds.training.schedules import cosine, warmup_cosine
+    from dalle_ds.training.session import Stage
+
+    schedule, data, size = config.schedule, config.data, config.model.image_size
+    places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+    train_source = open_source(data.train)
+    validation_source = open_source(data.validation) if data.validation else None
+
+    def images_of(batch: dict[str, Any]) -> "Tensor":
+        return torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)  # uint8 [B, 3, S, S], channels last in memory
+
+    def scalars(step: int) -> dict[str, float]:
+        return {
+            "temperature": cosine(
+                step, schedule.temperature_start, schedule.temperature_end, schedule.temperature_steps
+            ),
+            "kl_weight": cosine(step, schedule.kl_weight_start, schedule.kl_weight, schedule.kl_steps),
+        }
+
+    def losses(engine: Any, images: "Tensor", step: int, seed: int) -> dict[str, "Tensor"]:
+        generator = torch.Generator(ranks.device).manual_seed(seed)
+        relaxation = {"temperature": None} if warm else {**scalars(step), "generator": generator}
+        return engine(images.to(ranks.device), **relaxation)  # type: ignore[no-any-return]
+
+    def open_reader(micro_batch_size: int) -> Reader:
+        return Reader(
+            train_source,
+            picture_decode(size, augment=True, flip=config.flip),
+            micro_batch_size,
+            **places,
+            seed=config.loop.seed,
+            shuffle_buffer=data.shuffle_buffer,
+            n_worker=data.n_worker,
+            log=SkipLog(out / "skipped.jsonl"),
+        )
+
+    def open_validation(micro_batch_size: int) -> Reader:
+        assert validation_source is not None
+        return Reader(validation_source, picture_decode(size, augment=False), micro_batch_size, **places)
+
+    def build_model() -> "nn.Module":
+        if warm or not schedule.warm_start_steps or complete_checkpoints(out):
+            return DVAE(config.model)
+        model = load_dvae(out / WARM_START, kind="dvae-warm-start").train()
+        make_codebook(model, fixed_images(train_source, N_CODEBOOK), config.loop.seed)
+        return model
+
+    def fixed_images(source: "Source", n: int) -> "Tensor":
+        """The first n pictures, the same on every rank."""
+        return images_of(next(Reader(source, picture_decode(size, augment=False), n)))
+
+    def make_step(engine: Any) -> Any:
+        def step(batch: dict[str, Any], index: int, micro_step: int) -> dict[str, "Tensor"]:
+            # A pure function of where the run is, so that a resumed run draws the same noise.
+            seed = abs(hash((config.loop.seed, index, micro_step, ranks.rank)))
+            outputs = losses(engine, images_of(batch), index, seed)
+            return {name: value for name, value in outputs.items() if name != "codes"}
+
+        return step
+
+    def validate(engine: Any, batches: "Iterator[dict[str, Any]]", n_batches: int, step: int) -> dict[str, float]:
+        figures, counts = [], torch.zeros(config.model.vocab_size, device=ranks.device)
+        for i in range(n_batches):
+            outputs = losses(engine, images_of(next(batches)), step, abs(hash((config.loop.seed, i, ranks.rank))))
+            counts += torch.bincount(outputs.pop("codes").flatten(), minlength=len(counts))
+            figures.append(outputs)
+        return {**mean_over_ranks(figures), **codebook_use(counts)}
+
+    def sample(model: "nn.Module", path: "Path") -> None:
+        from dalle_ds.reporting.grid import pairs_grid
+
+        images = fixed_images(validation_source or train_source, N_SHOWN).to(ranks.device)
+        decoded = model.decode(model.encode(images))  # type: ignore[operator]
+        pictures = [stack.permute(0, 2, 3, 1).cpu().numpy() for stack in (images, decoded)]
+        pairs_grid(list(pictures[0]), list(pictures[1]), scale=max(1, 128 // size)).save(path)
+
+    return Stage(
+        kind="dvae",
+        config=config,
+        build_model=build_model,
+        open_reader=open_reader,
+        open_validation=open_validation if validation_source else None,
+        step=make_step,
+        validate=validate,
+        sample=sample,
+        learning_rate=lambda step: warmup_cosine(
+            step, schedule.lr_warmup_steps, schedule.lr_final_multiplier, schedule.lr_steps
+        ),
+        scalars=scalars,
+        lr_multiplier=lambda name: schedule.encoder_lr_multiplier if name.startswith("encoder.") else 1.0,
+        facts={},
+    )
+
+
+def codebook_use(counts: "Tensor") -> dict[str, float]:
+    """Fraction of tokens used and perplexity of their distribution, from counts [vocab_size] summed over all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(counts)
+    probability = counts / counts.sum()
+    entropy = -torch.special.xlogy(probability, probability).sum()
+    return {"codebook_use": float((counts > 0).float().mean()), "codebook_perplexity": float(entropy.exp())}

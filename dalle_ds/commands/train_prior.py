@@ -1,0 +1,158 @@
+"""Stage 2: train the transformer over text and image tokens.
+
+    deepspeed launch/train_prior.py --deepspeed_config ds_configs/cpu_zero3.json --preset tiny \\
+        --tokenizer runs/tokenizer.model --data.train data/tokens/train --data.validation data/tokens/validation \\
+        --out runs/prior
+
+The data are token shards (`dalle-ds encode-images`); vocabulary and grid sizes are taken from them and from the
+tokenizer. The same script runs as one process with plain `python`. `--resume auto` goes on with the run in --out.
+"""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dalle_ds.flags import add_flags, add_training_arguments, apply_flags
+from dalle_ds.presets import PRESETS, find_preset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from dalle_ds.config import PriorTraining
+    from dalle_ds.tokenizer import Tokenizer
+    from dalle_ds.training.distributed import Ranks
+    from dalle_ds.training.session import Stage
+
+N_SHOWN = 12
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+    parser.add_argument("--tokenizer", required=True, help="model file of `dalle-ds train-tokenizer`")
+    parser.add_argument(
+        "--dvae", help="run folder of the dVAE, to show pictures (default: the one that made the tokens)"
+    )
+    add_flags(parser, PRESETS["tiny"].prior)
+
+
+def run(args: argparse.Namespace) -> None:
+    import dataclasses
+    from pathlib import Path
+
+    from dalle_ds.config import require
+    from dalle_ds.data.token_shards import read_manifest
+    from dalle_ds.tokenizer import Tokenizer
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.session import train_stage
+
+    config = apply_flags(find_preset(args.preset).prior, args)
+    require(bool(config.data.train), "--data.train is missing: name a folder of token shards")
+    tokenizer = Tokenizer.load(args.tokenizer)
+    manifest = read_manifest(config.data.train)
+    model = dataclasses.replace(
+        config.model,
+        text_vocab_size=tokenizer.vocab_size,
+        image_vocab_size=manifest.vocab_size,
+        grid_size=manifest.grid_size,
+    )
+    out = Path(args.out)
+    with process_group() as ranks:
+        stage = make_stage(dataclasses.replace(config, model=model), tokenizer, ranks, out, args.dvae or manifest.dvae)
+        train_stage(stage, ranks, out=out, resume=args.resume, deepspeed_config=args.deepspeed_config)
+        if ranks.is_first:
+            tokenizer.save(out / TOKENIZER_FILE)
+
+
+def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", out: "Path", dvae: str) -> "Stage":
+    """The prior with its data, loss and schedules, for the training session."""
+    import numpy as np
+    import torch
+
+    from dalle_ds.data.pipeline import Reader
+    from dalle_ds.data.skips import SkipLog
+    from dalle_ds.data.token_shards import open_token_source, token_decode
+    from dalle_ds.models.prior import Prior
+    from dalle_ds.training.metrics import mean_over_ranks
+    from dalle_ds.training.schedules import warmup_cosine
+    from dalle_ds.training.session import Stage
+
+    schedule, data = config.schedule, config.data
+    places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+    train_source, manifest = open_token_source(data.train)
+    validation_source = open_token_source(data.validation)[0] if data.validation else None
+
+    def to_tensors(batch: dict[str, Any], dropout: float, seed: int) -> tuple["Tensor", "Tensor", "Tensor"]:
+        tokens, lengths = tokenizer.encode_batch(
+            batch["caption"], config.model.text_len, dropout=dropout, rng=np.random.default_rng(seed)
+        )
+        codes = torch.from_numpy(batch["codes"]).flatten(1)
+        arrays = (torch.from_numpy(tokens), torch.from_numpy(lengths), codes)
+        return tuple(array.to(ranks.device) for array in arrays)  # type: ignore[return-value]
+
+    def open_reader(micro_batch_size: int) -> Reader:
+        return Reader(
+            train_source,
+            token_decode(manifest),
+            micro_batch_size,
+            **places,
+            seed=config.loop.seed,
+            shuffle_buffer=data.shuffle_buffer,
+            n_worker=data.n_worker,
+            log=SkipLog(out / "skipped.jsonl"),
+        )
+
+    def open_validation(micro_batch_size: int) -> Reader:
+        assert validation_source is not None
+        return Reader(validation_source, token_decode(manifest), micro_batch_size, **places)
+
+    def make_step(engine: Any) -> Any:
+        def step(batch: dict[str, Any], index: int, micro_step: int) -> dict[str, "Tensor"]:
+            seed = abs(hash((config.loop.seed, index, micro_step, ranks.rank)))
+            return engine(*to_tensors(batch, config.tokenizer.dropout, seed))  # type: ignore[no-any-return]
+
+        return step
+
+    def validate(engine: Any, batches: "Iterator[dict[str, Any]]", n_batches: int, step: int) -> dict[str, float]:
+        return mean_over_ranks([engine(*to_tensors(next(batches), 0.0, 0)) for _ in range(n_batches)])
+
+    def sample(model: "nn.Module", path: "Path") -> None:
+        import json
+
+        from dalle_ds.config import SamplingConfig
+        from dalle_ds.generation.sampling import sample_tokens
+        from dalle_ds.models.weights import load_dvae
+        from dalle_ds.reporting.grid import make_grid
+
+        batch = next(Reader(validation_source or train_source, token_decode(manifest), N_SHOWN))
+        tokens, lengths, _ = to_tensors(batch, 0.0, 0)
+        codes = sample_tokens(model, tokens, lengths, SamplingConfig(), sample_seeds=range(N_SHOWN))  # type: ignore[arg-type]
+        pictures = list(load_dvae(dvae).decode(codes.cpu()).permute(0, 2, 3, 1).numpy())
+        make_grid(pictures, batch["caption"], scale=max(1, 128 // pictures[0].shape[0])).save(path)
+        path.with_suffix(".json").write_text(json.dumps({"captions": batch["caption"]}))
+
+    return Stage(
+        kind="prior",
+        config=config,
+        build_model=lambda: Prior(config.model),
+        open_reader=open_reader,
+        open_validation=open_validation if validation_source else None,
+        step=make_step,
+        validate=validate,
+        sample=sample if _holds_dvae(dvae) else None,
+        learning_rate=lambda step: warmup_cosine(
+            step, schedule.lr_warmup_steps, schedule.lr_final_multiplier, schedule.lr_steps
+        ),
+        scalars=lambda step: {},
+        lr_multiplier=lambda name: 1.0,
+        facts={"dvae": dvae, "dvae_sha256": manifest.dvae_sha256, "tokenizer_sha256": tokenizer.sha256},
+    )
+
+
+def _holds_dvae(path: str) -> bool:
+    """Whether pictures can be shown; training itself needs no dVAE, and may run where it is not."""
+    from pathlib import Path
+
+    return (Path(path) / "config.json").exists()

@@ -1,0 +1,259 @@
+"""Every setting that is ours, as frozen dataclasses that check themselves.
+
+What DeepSpeed owns (batch sizes, precision, ZeRO, the optimizer and its peak learning rate) lives in
+ds_configs/*.json and never here. Numbers of the paper are the defaults; section numbers refer to
+"Zero-Shot Text-to-Image Generation" (arXiv 2102.12092).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: one line that names what, where, and what to do."""
+
+
+def described(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the sentence that `--help` shows for it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def nested(config_type: type) -> Any:
+    """A dataclass field that holds another config, at its defaults."""
+    return dataclasses.field(default_factory=config_type)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig:
+    """The discrete VAE (section 2.1, Appendix A.1): widths n_hid * 1, 2, 4, 8 over three poolings."""
+
+    image_size: int = described(256, "side of the square pictures, in pixels")
+    n_hid: int = described(256, "width of the first group; the later ones double it")
+    n_blk_per_group: int = described(2, "resblocks in each of the four groups")
+    n_init: int = described(128, "width of the codebook: the decoder's first 1x1 convolution")
+    vocab_size: int = described(8192, "number of image tokens")
+    post_gain: float = described(
+        0.0, "constant on each resblock's output; 0 for the paper's 1 / (number of resblocks)^2"
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.image_size % 8 == 0 and self.image_size > 0,
+            f"image_size {self.image_size} is not a multiple of 8: three poolings halve it; use e.g. 64 or 256",
+        )
+        require(self.n_hid % 4 == 0 and self.n_hid > 0, f"n_hid {self.n_hid} must be a positive multiple of 4")
+        require(self.n_blk_per_group > 0, f"n_blk_per_group {self.n_blk_per_group} must be at least 1")
+        require(self.n_init > 0, f"n_init {self.n_init} must be at least 1")
+        require(
+            2 <= self.vocab_size <= 65536,
+            f"vocab_size {self.vocab_size} must lie in [2, 65536]: codes are stored as 16-bit integers",
+        )
+        require(self.post_gain >= 0, f"post_gain {self.post_gain} must not be negative")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the token grid: three poolings divide the image side by 8."""
+        return self.image_size // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEScheduleConfig:
+    """Cosine schedules of stage 1 (Appendix A.2), as step counts; the peak learning rate is in the DeepSpeed JSON."""
+
+    kl_weight_start: float = described(0.0, "weight of the KL term at step 0")
+    kl_weight: float = described(6.6, "weight of the KL term after kl_steps")
+    kl_steps: int = described(5_000, "steps over which the KL weight changes")
+    temperature_start: float = described(1.0, "Gumbel-softmax temperature at step 0")
+    temperature_end: float = described(1 / 16, "Gumbel-softmax temperature after temperature_steps")
+    temperature_steps: int = described(150_000, "steps over which the temperature falls")
+    lr_warmup_steps: int = described(0, "steps of linear warm-up (the paper has none)")
+    lr_final_multiplier: float = described(1 / 80, "learning rate at the end, as a multiple of its peak")
+    lr_steps: int = described(1_200_000, "steps over which the learning rate falls")
+    encoder_lr_multiplier: float = described(1.0, "the encoder's learning rate, as a multiple of the decoder's")
+    warm_start_steps: int = described(
+        0, "steps without relaxation before the codebook is made by k-means; the paper has none, short runs need some"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("kl_weight_start", "kl_weight"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
+        for name in ("temperature_start", "temperature_end"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)} must be positive")
+        require(
+            0 <= self.lr_final_multiplier <= 1, f"lr_final_multiplier {self.lr_final_multiplier} must lie in [0, 1]"
+        )
+        require(self.encoder_lr_multiplier > 0, f"encoder_lr_multiplier {self.encoder_lr_multiplier} must be positive")
+        for name in ("kl_steps", "temperature_steps", "lr_warmup_steps", "lr_steps", "warm_start_steps"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Byte-pair encoding of captions (section 2.2): 16,384 pieces, lower-cased, 10% BPE dropout in training."""
+
+    vocab_size: int = described(16_384, "number of pieces; fewer are made when the captions do not yield that many")
+    dropout: float = described(0.1, "probability of dropping a merge while encoding for training")
+
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 32, f"tokenizer vocab_size {self.vocab_size} must be at least 32")
+        require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The sparse transformer over text and image tokens (sections 2.2 and 2.3, Appendix B.1)."""
+
+    text_vocab_size: int = described(16_384, "number of text pieces; taken from the tokenizer when training")
+    text_len: int = described(256, "text states: start-of-text, the caption's first tokens, learned pads")
+    image_vocab_size: int = described(8192, "number of image tokens; taken from the token shards when training")
+    grid_size: int = described(32, "side of the image token grid; taken from the token shards when training")
+    n_layer: int = described(64, "transformer layers, each an attention and an MLP resblock")
+    n_head: int = described(62, "attention heads")
+    head_dim: int = described(64, "width of a head")
+    conv_kernel: int = described(11, "side of the convolutional mask of the last layer")
+    text_loss_weight: float = described(1 / 8, "weight of the text loss; the image loss has the rest")
+
+    def __post_init__(self) -> None:
+        for name in ("text_vocab_size", "image_vocab_size", "grid_size", "n_layer", "n_head", "head_dim"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)} must be at least 1")
+        require(self.text_len >= 2, f"text_len {self.text_len} must be at least 2: start-of-text and one token")
+        require(
+            self.conv_kernel > 0 and self.conv_kernel % 2 == 1,
+            f"conv_kernel {self.conv_kernel} must be odd and positive",
+        )
+        require(0 <= self.text_loss_weight <= 1, f"text_loss_weight {self.text_loss_weight} must lie in [0, 1]")
+
+    @property
+    def dim(self) -> int:
+        return self.n_head * self.head_dim
+
+    @property
+    def image_len(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def seq_len(self) -> int:
+        return self.text_len + self.image_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorScheduleConfig:
+    """Learning rate of stage 2 as a multiple of its peak: linear warm-up, then a cosine to the final multiplier."""
+
+    lr_warmup_steps: int = described(5_000, "steps of linear warm-up")
+    lr_steps: int = described(430_000, "step at which the learning rate reaches its final multiplier")
+    lr_final_multiplier: float = described(1 / 32, "learning rate at the end, as a multiple of its peak")
+
+    def __post_init__(self) -> None:
+        require(self.lr_warmup_steps >= 0, f"lr_warmup_steps {self.lr_warmup_steps} must not be negative")
+        require(self.lr_steps >= 0, f"lr_steps {self.lr_steps} must not be negative")
+        require(
+            0 <= self.lr_final_multiplier <= 1, f"lr_final_multiplier {self.lr_final_multiplier} must lie in [0, 1]"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples are read, and how they are shuffled."""
+
+    train: str = described("", "training data: a folder, or shards as a brace pattern (train-{000..009}.tar)")
+    validation: str = described("", "validation data, in the same forms; empty for none")
+    shuffle_buffer: int = described(2_000, "samples held back for shuffling inside and across shards")
+    n_worker: int = described(1, "threads that decode samples, on each rank")
+
+    def __post_init__(self) -> None:
+        require(self.shuffle_buffer >= 1, f"shuffle_buffer {self.shuffle_buffer} must be at least 1")
+        require(self.n_worker >= 1, f"n_worker {self.n_worker} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long a run trains, and how often it reports, evaluates, samples and saves."""
+
+    steps: int = described(1_000, "optimizer steps in all")
+    seed: int = described(0, "seed of initialisation, shuffling and noise")
+    log_every: int = described(10, "steps between lines of metrics.jsonl")
+    evaluate_every: int = described(0, "steps between evaluations on the validation data; 0 for at the end only")
+    sample_every: int = described(0, "steps between picture grids; 0 for at the end only")
+    save_every: int = described(0, "steps between checkpoints; 0 for at the end only")
+    keep: int = described(2, "checkpoints kept, the newest ones")
+    validation_batches: int = described(8, "batches per evaluation and rank")
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps {self.steps} must be at least 1")
+        require(self.seed >= 0, f"seed {self.seed} must not be negative")
+        require(self.log_every >= 1, f"log_every {self.log_every} must be at least 1")
+        require(self.keep >= 1, f"keep {self.keep} must be at least 1")
+        require(self.validation_batches >= 1, f"validation_batches {self.validation_batches} must be at least 1")
+        for name in ("evaluate_every", "sample_every", "save_every"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAETraining:
+    """All of a stage-1 run but what the DeepSpeed JSON holds."""
+
+    flip: bool = described(False, "mirror half of the training pictures (the paper does; captions here may say left)")
+    model: DVAEConfig = nested(DVAEConfig)
+    schedule: DVAEScheduleConfig = nested(DVAEScheduleConfig)
+    data: DataConfig = nested(DataConfig)
+    loop: LoopConfig = nested(LoopConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining:
+    """All of a stage-2 run but what the DeepSpeed JSON holds."""
+
+    model: PriorConfig = nested(PriorConfig)
+    tokenizer: TokenizerConfig = nested(TokenizerConfig)
+    schedule: PriorScheduleConfig = nested(PriorScheduleConfig)
+    data: DataConfig = nested(DataConfig)
+    loop: LoopConfig = nested(LoopConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How image tokens are drawn from the prior."""
+
+    temperature: float = described(1.0, "divides the logits; 0 always takes the likeliest token")
+    top_k: int = described(0, "keep only the k likeliest tokens; 0 for all")
+    top_p: float = described(1.0, "keep the smallest set of tokens with this probability; 1 for all")
+    seed: int = described(0, "seed; a picture depends on its caption, its index and this number alone")
+    batch_size: int = described(64, "pictures drawn at once")
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
+        require(self.top_k >= 0, f"top_k {self.top_k} must not be negative")
+        require(0 < self.top_p <= 1, f"top_p {self.top_p} must lie in (0, 1]")
+        require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """The made data set of captioned pictures."""
+
+    image_size: int = described(64, "side of the square pictures, in pixels")
+    n_train: int = described(20_000, "training pictures")
+    n_validation: int = described(1_000, "validation pictures, of combinations that training has seen")
+    n_held_out: int = described(1_000, "test pictures, of combinations kept out of training")
+    samples_per_shard: int = described(1_000, "pictures in a tar shard")
+    image_format: str = described("png", "png or jpg")
+    two_object_fraction: float = described(0.5, "fraction of pictures with a second object and a relation")
+    seed: int = described(0, "seed; the same seed makes the same bytes")
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 32, f"image_size {self.image_size} must be at least 32 for shapes to be told apart")
+        require(self.image_format in ("png", "jpg"), f"image_format {self.image_format!r} must be png or jpg")
+        require(self.samples_per_shard >= 1, f"samples_per_shard {self.samples_per_shard} must be at least 1")
+        require(
+            0 <= self.two_object_fraction <= 1, f"two_object_fraction {self.two_object_fraction} must lie in [0, 1]"
+        )
+        for name in ("n_train", "n_validation", "n_held_out"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")

@@ -1,0 +1,1 @@
+"""From captioned pictures to samples: sources, shards, filters, transforms, and the made data set of scenes."""

@@ -1,0 +1,37 @@
+"""Self-attention of the prior: projections around the sparse attention of `dalle_kernels`."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dalle_ds.models.layers import Linear
+from dalle_kernels.attention import MaskSpec, attention
+
+
+class LayerCache(Protocol):
+    """Keys and values of the states that a layer has seen."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Appends k, v [B, H, n, D]; returns all keys, all values, and the position of the first appended one."""
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with three separate projections and one mask."""
+
+    def __init__(self, n_head: int, head_dim: int, mask: MaskSpec, output_gain: float) -> None:
+        super().__init__()
+        dim = n_head * head_dim
+        self.n_head, self.mask = n_head, mask
+        self.query, self.key, self.value = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.project = Linear(dim, dim, gain=output_gain)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; with a cache, x holds the states that follow those in the cache."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )  # [B, H, T, D]
+        start = 0
+        if cache is not None:
+            k, v, start = cache.extend(k, v)
+        out = attention(q, k, v, self.mask, start)
+        return self.project(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]

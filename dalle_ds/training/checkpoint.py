@@ -1,0 +1,84 @@
+"""Checkpoints of a run: DeepSpeed's shards, the whole weights as safetensors, each rank's own state, and a marker.
+
+checkpoints/step-00000500/ is complete when it holds complete.json, which is written last.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dalle_ds.config import InputError
+from dalle_ds.training.engine import Engine, gather_weights
+
+MARKER = "complete.json"
+WEIGHTS = "model.safetensors"
+ENGINE_TAG = "engine"
+# Free bytes under which a failed write is put down to a full disk: what is left is less than a file's next block.
+FULL_BELOW = 2**20
+
+
+def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, Any], keep: int) -> Path:
+    """Writes checkpoint `step` of the run with this rank's `rank_state`, then drops all but the newest `keep`.
+
+    When writing fails nothing half-written stays; a full disk is an InputError.
+    """
+    folder = _folder(run, step)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    try:
+        _write(engine, folder, step, rank_state)
+    except BaseException as error:
+        free = shutil.disk_usage(run).free
+        shutil.rmtree(folder, ignore_errors=True)
+        # torch and safetensors have errors of their own for a full disk.
+        if free < FULL_BELOW and not isinstance(error, OSError):
+            raise InputError(
+                f"{folder}: the disk is full; free some space and go on with --resume auto; --loop.keep may be lower"
+            ) from error
+        raise
+    if dist.get_rank() == 0:
+        for old in complete_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def _write(engine: Engine, folder: Path, step: int, rank_state: dict[str, Any]) -> None:
+    """The files of a checkpoint, the marker last, when every rank has written its own."""
+    from safetensors.torch import save_file
+
+    engine.save_checkpoint(str(folder), tag=ENGINE_TAG, client_state={"step": step}, save_latest=False)
+    (folder / f"rank-{dist.get_rank():05d}.json").write_text(json.dumps(rank_state))
+    weights = gather_weights(engine)
+    if dist.get_rank() == 0:
+        save_file(weights, folder / WEIGHTS)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / MARKER).write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
+
+
+def load_checkpoint(engine: Engine, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Restores the engine from a complete checkpoint; returns its step and this rank's state."""
+    marker = json.loads((folder / MARKER).read_text())
+    if marker["world_size"] != dist.get_world_size():
+        raise InputError(
+            f"{folder} was written by {marker['world_size']} processes and this run has {dist.get_world_size()}: "
+            f"start {marker['world_size']} processes, or choose a new --out"
+        )
+    engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+    state = json.loads((folder / f"rank-{dist.get_rank():05d}.json").read_text())
+    return marker["step"], state
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of the run, oldest first."""
+    return sorted(marker.parent for marker in run.glob(f"checkpoints/step-*/{MARKER}"))
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"

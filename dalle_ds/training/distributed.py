@@ -1,0 +1,82 @@
+"""Processes: starting and ending the process group under any launcher, or none."""
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: its rank, how many there are, its rank on this machine, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Joins the process group that the launcher describes (or one of a single process) and leaves it at the end."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    # torch 2.13 warns at every collective that DeepSpeed calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
+    _set_single_process_defaults()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        _prepare_cpu(accelerator)
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    except BaseException:
+        # A rank that fails must not wait for the others in a barrier: the launcher ends them.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _set_single_process_defaults() -> None:
+    """Makes a plain `python launch/train_prior.py` a process group of one, on a free port."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**defaults, "MASTER_PORT": port}.items():
+        os.environ.setdefault(name, str(value))
+
+
+def _prepare_cpu(accelerator: object) -> None:
+    """Lets DeepSpeed run on CPU without compiling its shared-memory operator, which only inference uses."""
+    # `import deepspeed.comm.torch` would bind the real torch module, so the module table is asked.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # fp16 runs on any CPU, slowly; DeepSpeed asks for native instructions.
+    accelerator.is_fp16_supported = lambda: True  # type: ignore[attr-defined]
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))

@@ -1,0 +1,86 @@
+"""The training loop: one function, in reading order."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dalle_ds.training.engine import Engine, set_learning_rate
+from dalle_ds.training.metrics import MetricsLog, TrainingProgress, mean_over_ranks
+
+Batch = dict[str, Any]
+Step = Callable[[Batch, int, int], dict[str, Tensor]]
+Action = tuple[int, Callable[[int], None]]
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+def train(
+    engine: Engine,
+    step: Step,
+    batches: Iterator[Batch],
+    *,
+    start: int,
+    steps: int,
+    learning_rate: Callable[[int], float],
+    scalars: Callable[[int], dict[str, float]],
+    actions: Sequence[Action],
+    log_every: int,
+    metrics: MetricsLog | None,
+    progress: TrainingProgress | None,
+) -> None:
+    """Trains from step `start` to `steps`.
+
+    `step(batch, step, micro_step)` returns scalar tensors with "loss"; `learning_rate(step)` is a multiplier of the
+    peak and `scalars(step)` what else the log shows; every (every, action) runs after each `every` steps, and at the
+    end whatever its number. Raises Diverged, on every rank, naming the first rank and step whose loss was not finite.
+    """
+    accumulation = engine.gradient_accumulation_steps()
+    window: list[dict[str, Tensor]] = []
+    first_bad = torch.full((), math.inf, device=engine.device)
+    window_began = time.time()
+    for index in range(start, steps):
+        rate = set_learning_rate(engine, learning_rate(index))
+        for micro_step in range(accumulation):
+            outputs = step(next(batches), index, micro_step)
+            engine.backward(outputs["loss"])
+            engine.step()
+            window.append({name: value.detach().float() for name, value in outputs.items()})
+            now_bad = torch.where(torch.isfinite(window[-1]["loss"]), math.inf, float(index + 1))
+            first_bad = torch.minimum(first_bad, now_bad)
+        done = index + 1
+        due = [action for every, action in actions if done == steps or (every and done % every == 0)]
+        if done % log_every == 0 or done == steps or due:
+            means = mean_over_ranks(window)
+            _check_finite(first_bad)
+            n_images = len(window) // accumulation * engine.train_batch_size()
+            rate_of_images = n_images / (time.time() - window_began)
+            values = {**means, "learning_rate": rate, **scalars(index), "images_per_second": rate_of_images}
+            if engine.get_global_grad_norm() is not None:
+                values["gradient_norm"] = float(engine.get_global_grad_norm())
+            if metrics is not None:
+                metrics.write(done, "train", values)
+            if progress is not None:
+                progress.update(done, means["loss"], rate_of_images)
+            for action in due:
+                action(done)
+            window, window_began = [], time.time()
+
+
+def _check_finite(first_bad: Tensor) -> None:
+    """Raises Diverged on every rank when any rank saw a loss that is not finite."""
+    gathered = [torch.zeros_like(first_bad) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, first_bad)
+    first_steps = torch.stack(gathered).tolist()
+    if min(first_steps) < math.inf:
+        rank = first_steps.index(min(first_steps))
+        raise Diverged(
+            f"the loss was not finite, first on rank {rank} at step {min(first_steps):.0f}: "
+            "lower the learning rate, or resume from an earlier checkpoint"
+        )

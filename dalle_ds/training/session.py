@@ -1,0 +1,128 @@
+"""A training session from run folder to last checkpoint; what differs between the stages is handed in as a Stage."""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dalle_ds.config import LoopConfig
+from dalle_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle_ds.training.deepspeed_config import batch_sizes, load_deepspeed_config
+from dalle_ds.training.distributed import Ranks
+from dalle_ds.training.engine import Engine, build_engine, n_parameters, whole_model
+from dalle_ds.training.loop import Batch, Step, train
+from dalle_ds.training.metrics import MetricsLog, training_progress
+from dalle_ds.training.run import check_same_model, open_run, write_run
+
+VERSIONED = ("torch", "deepspeed", "triton", "numpy")
+
+
+class Reader(Protocol):
+    """An iterator over batches that knows where it is."""
+
+    def __next__(self) -> Batch: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, int]: ...
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What a training command brings: a model, its data, its step and its schedules."""
+
+    kind: str
+    config: Any
+    build_model: Callable[[], nn.Module]
+    open_reader: Callable[[int], Reader]
+    """micro-batch size -> training batches"""
+    open_validation: Callable[[int], Iterator[Batch]] | None
+    """micro-batch size -> validation batches, always the same ones"""
+    step: Callable[[Engine], Step]
+    validate: Callable[[Engine, Iterator[Batch], int, int], dict[str, float]]
+    """engine, batches, how many of them, step -> figures"""
+    sample: Callable[[nn.Module, Path], None] | None
+    """whole model, path of the PNG to write -> pictures; called on the first rank"""
+    learning_rate: Callable[[int], float]
+    scalars: Callable[[int], dict[str, float]]
+    lr_multiplier: Callable[[str], float]
+    """parameter name -> multiple of the learning rate"""
+    facts: dict[str, Any]
+    """further entries of config.json"""
+
+    @property
+    def loop(self) -> LoopConfig:
+        return self.config.loop  # type: ignore[no-any-return]
+
+
+def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed_config: str) -> None:
+    """Trains the stage into the run folder `out`, going on from its newest checkpoint when `resume` is auto.
+
+    Everything that can be refused is refused before the run folder is touched.
+    """
+    loop = stage.loop
+    ds_config = load_deepspeed_config(deepspeed_config)
+    micro_batch_size, _ = batch_sizes(ds_config, ranks.world_size, deepspeed_config)
+    checkpoint = open_run(out, resume)
+    config = dataclasses.asdict(stage.config)
+    if checkpoint is not None:
+        check_same_model(out, stage.kind, config)
+    reader = stage.open_reader(micro_batch_size)
+    engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier)
+    start = 0
+    if checkpoint is not None:
+        start, state = load_checkpoint(engine, checkpoint)
+        reader.load_state_dict(state["reader"])
+    if ranks.is_first:
+        versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in VERSIONED}}
+        facts = {"n_parameters": n_parameters(engine), "world_size": ranks.world_size, "versions": versions}
+        write_run(out, stage.kind, config, ds_config, **facts, **stage.facts)
+    dist.barrier()
+    metrics = MetricsLog(out / "metrics.jsonl", start) if ranks.is_first else None
+
+    def evaluate(step: int) -> None:
+        if stage.open_validation is None:
+            return
+        engine.eval()
+        with torch.no_grad():
+            batches = stage.open_validation(micro_batch_size)
+            figures = stage.validate(engine, batches, loop.validation_batches, step)
+        engine.train()
+        if metrics is not None:
+            metrics.write(step, "validation", figures)
+
+    def sample(step: int) -> None:
+        if stage.sample is not None:
+            with whole_model(engine) as model:
+                if ranks.is_first:
+                    stage.sample(model, out / "samples" / f"step-{step:08d}.png")
+
+    def save(step: int) -> None:
+        save_checkpoint(engine, out, step, {"reader": reader.state_dict()}, loop.keep)
+
+    began = time.time()
+    with training_progress(stage.kind, loop.steps, start, shown=ranks.is_first) as progress:
+        train(
+            engine,
+            stage.step(engine),
+            iter(reader),
+            start=start,
+            steps=loop.steps,
+            learning_rate=stage.learning_rate,
+            scalars=stage.scalars,
+            actions=[(loop.evaluate_every, evaluate), (loop.sample_every, sample), (loop.save_every, save)],
+            log_every=loop.log_every,
+            metrics=metrics,
+            progress=progress,
+        )
+    engine.destroy()
+    if ranks.is_first:
+        what = f"steps {start + 1} to {loop.steps}" if start < loop.steps else f"nothing to do, {start} steps are done"
+        print(f"{out}: {what} in {time.time() - began:.0f} s", flush=True)

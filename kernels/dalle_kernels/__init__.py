@@ -1,0 +1,1 @@
+"""Kernels of dalle-ds: block-sparse attention over a text-and-image stream. Needs torch alone."""

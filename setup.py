@@ -1,0 +1,35 @@
+"""Metadata of the distribution `dalle-ds`: two package roots, one console script."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dalle-ds",
+    version="0.1.0",
+    description="Train a DALL-E from your own image-text pairs, at any scale, on DeepSpeed.",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dalle_ds*"]) + find_packages("kernels"),
+    package_dir={"dalle_kernels": "kernels/dalle_kernels"},
+    package_data={"dalle_ds": ["py.typed", "reporting/*.html"], "dalle_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.6,<0.20",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "braceexpand",
+        "sentencepiece",
+        "boto3",
+        "rich",
+        "pillow",
+        "safetensors",
+        "matplotlib",
+        "jinja2",
+        "scipy",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "webdataset"],
+        "dev": ["ruff", "mypy"],
+        "eval": [],
+    },
+    entry_points={"console_scripts": ["dalle-ds=dalle_ds.cli:main"]},
+)
