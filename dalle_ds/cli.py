@@ -15,7 +15,8 @@ from dalle_ds.config import InputError
 BAD_INPUT = 2
 LATER_RANKS_WAIT = 5.0  # seconds
 # What an operating system says when the user must act: a full disk, a quota, no permission.
-USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+USER_ERRNOS = {*FULL_DISK, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         # Every rank finds the same mistake. The launcher ends the others once one has failed, so one line is printed.
         if os.environ.get("RANK", "0") != "0":
             time.sleep(LATER_RANKS_WAIT)
-        print(f"dalle-ds {name}: error: {error}", file=sys.stderr, flush=True)
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
+        said = f"{error}: free some space and try again" if full else str(error)
+        print(f"dalle-ds {name}: error: {said}", file=sys.stderr, flush=True)
         return BAD_INPUT
     return 0
 

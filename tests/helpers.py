@@ -1,6 +1,7 @@
 """Runs a function in several real processes, as a launcher would start them."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import socket
@@ -72,3 +73,26 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def call_commands(*commands):
+    """Runs `dalle-ds` with each list of arguments in turn; returns exit code, standard output and error of each.
+
+    For `run_distributed`: training commands find themselves one of the ranks. All share one process group, since
+    DeepSpeed keeps the first for good.
+    """
+    from dalle_ds import cli
+    from dalle_ds.training import distributed
+
+    cli.LATER_RANKS_WAIT = 0.0
+    results = []
+    with distributed.process_group() as ranks:
+        distributed.process_group = lambda: contextlib.nullcontext(ranks)
+        for arguments in commands:
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+                try:
+                    code = cli.main([str(argument) for argument in arguments])
+                except SystemExit as stop:
+                    code = stop.code
+            results.append((code, out.getvalue(), err.getvalue()))
+    return results

@@ -85,7 +85,10 @@ def test_a_command_that_ends_well_gives_0(command):
             InputError("shards-{0..9}.tar: no such files; give a folder"),
             "shards-{0..9}.tar: no such files; give a folder",
         ),
-        (OSError(errno.ENOSPC, "No space left on device", "/data/0.tar"), "No space left on device: '/data/0.tar'"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/0.tar"),
+            "No space left on device: '/data/0.tar': free some space and try again",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/data"), "Permission denied: '/data'"),
     ],
 )

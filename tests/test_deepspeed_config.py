@@ -89,8 +89,33 @@ def test_a_missing_file_names_where_ready_ones_are():
         load_deepspeed_config("nowhere.json")
 
 
-def test_comments_are_allowed(load):
-    load({"// 2 processes": "on a laptop", **GOOD, "optimizer": {**GOOD["optimizer"], "// lr": "peak"}})
+def test_comments_are_allowed_at_any_depth_and_taken_out(load):
+    commented = {key: {"// why": "said", **value} if isinstance(value, dict) else value for key, value in GOOD.items()}
+    commented["optimizer"]["params"] = {"// lr": "peak", **GOOD["optimizer"]["params"]}
+    assert load({"// 2 processes": "on a laptop", **commented}) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"zero_optimization": {"stage": "x"}}, ["zero_optimization.stage 'x'"]),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "big"}}, ["reduce_bucket_size 'big'", "integer"]),
+        ({"fp16": {"enabled": "perhaps"}}, ["fp16.enabled 'perhaps'", "boolean"]),
+        ({"train_micro_batch_size_per_gpu": "4"}, ["train_micro_batch_size_per_gpu '4'", "whole number"]),
+        ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps 0", "whole number"]),
+        ({"gradient_clipping": "no"}, ["gradient_clipping 'no'", "number"]),
+        ({"optimizer": {"type": "Adamm", "params": {"lr": 1e-3}}}, ["optimizer.type 'Adamm'", "AdamW"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-3"}}}, ["optimizer.params.lr '1e-3'", "number"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "beta": 1}}}, ["optimizer.params", "'beta'", "betas"]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_in_one_line(load, change, named):
+    with pytest.raises(InputError) as error:
+        load({**GOOD, **change})
+    message = str(error.value)
+    assert "\n" not in message
+    for text in ["ds.json", *named]:
+        assert text in message
 
 
 @pytest.mark.parametrize(

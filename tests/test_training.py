@@ -298,10 +298,9 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_the_older_one(tmp_path):
     [(seen, outcomes, left)] = run_distributed(save_onto_bad_disks, 1, tmp_path)
     assert seen == [["engine", "model.safetensors", "rank-00000.json"]], "the marker comes after all else"
     assert left == ["step-00000001"]
-    assert outcomes[0] == ("OSError", "[Errno 28] No space left on device")
-    kind, message = outcomes[1]
-    assert kind == "InputError"
-    assert "full" in message
-    assert str(tmp_path) in message
-    assert "\n" not in message
+    for kind, message in outcomes[:2]:
+        assert kind == "InputError"
+        assert "full" in message
+        assert str(tmp_path) in message
+        assert "\n" not in message
     assert outcomes[2] == ("RuntimeError", "ours")

@@ -110,7 +110,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, room)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_a_full_device_is_noticed_even_when_the_buffer_hides_it_until_the_file_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "open", lambda *args: open("/dev/full", "wb"), raising=False)  # noqa: SIM115
     with pytest.raises(InputError, match="the disk is full"):

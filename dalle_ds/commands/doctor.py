@@ -416,7 +416,7 @@ def _plain(text: str) -> Any:
 
 STYLES = {WORKS: "green", WITHOUT: "yellow", BROKEN: "bold red"}
 CODECS = {"png": "zlib", "jpeg": "jpg", "webp": "webp"}
-PACKAGES = ("numpy", "sentencepiece", "webdataset", "safetensors", "scipy", "matplotlib", "jinja2")
+PACKAGES = ("numpy", "sentencepiece", "braceexpand", "safetensors", "scipy", "matplotlib", "jinja2")
 
 # In the order of the table; a check takes its name and returns a Check.
 CHECKS: dict[str, Callable[[str], Check]] = {

@@ -31,11 +31,13 @@ def run(args: argparse.Namespace) -> None:
     from dalle_ds.data.pipeline import Reader
     from dalle_ds.data.skips import SkipLog
     from dalle_ds.data.sources import open_source
-    from dalle_ds.data.token_shards import TokenManifest, encode_codes, write_manifest
+    from dalle_ds.data.token_shards import MANIFEST, TokenManifest, encode_codes, write_manifest
     from dalle_ds.data.writer import ShardWriter
     from dalle_ds.models.weights import fingerprint, load_dvae
 
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dvae = load_dvae(args.dvae).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = open_source(args.data)
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     decode = picture_decode(dvae.config.image_size, augment=False)
     reader = Reader(source, decode, args.batch_size, epochs=1, drop_last=False, log=log)
     with ShardWriter(out, args.samples_per_shard, overwrite=args.overwrite) as writer, Progress() as progress, reader:
+        # Shards without a manifest are no token shards: not until all are written.
+        (out / MANIFEST).unlink(missing_ok=True)
         task = progress.add_task("encoding pictures", total=None)
         for batch in reader:
             images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).to(device)

@@ -41,10 +41,12 @@ def run(args: argparse.Namespace) -> None:
         raise InputError('no captions: give some in quotes, "a red circle", or a file with --captions')
     if args.n < 1:
         raise InputError(f"--n {args.n} must be at least 1")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
     painter = Painter.load(args.prior, args.dvae)
     repeated = [caption for caption in captions for _ in range(args.n)]
     pictures = painter.paint(repeated, config)
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     names = []
     for i, picture in enumerate(pictures):

@@ -159,11 +159,13 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
             figures.append(outputs)
         return {**mean_over_ranks(figures), **codebook_use(counts)}
 
-    def sample(model: "nn.Module", path: "Path") -> None:
+    def sample(model: "nn.Module", path: "Path | None") -> None:
         from dalle_ds.reporting.grid import pairs_grid
 
         images = fixed_images(validation_source or train_source, N_SHOWN).to(ranks.device)
         decoded = model.decode(model.encode(images))  # type: ignore[operator]
+        if path is None:
+            return
         pictures = [stack.permute(0, 2, 3, 1).cpu().numpy() for stack in (images, decoded)]
         pairs_grid(list(pictures[0]), list(pictures[1]), scale=max(1, 128 // size)).save(path)
 

@@ -11,6 +11,7 @@ tokenizer. The same script runs as one process with plain `python`. `--resume au
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from dalle_ds.config import InputError
 from dalle_ds.flags import add_flags, add_training_arguments, apply_flags
 from dalle_ds.presets import PRESETS, find_preset
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dalle_ds.config import PriorTraining
+    from dalle_ds.data.token_shards import TokenManifest
     from dalle_ds.tokenizer import Tokenizer
     from dalle_ds.training.distributed import Ranks
     from dalle_ds.training.session import Stage
@@ -59,11 +61,11 @@ def run(args: argparse.Namespace) -> None:
         grid_size=manifest.grid_size,
     )
     out = Path(args.out)
+    if args.dvae:
+        check_dvae(args.dvae, manifest, config.data.train)
     with process_group() as ranks:
         stage = make_stage(dataclasses.replace(config, model=model), tokenizer, ranks, out, args.dvae or manifest.dvae)
         train_stage(stage, ranks, out=out, resume=args.resume, deepspeed_config=args.deepspeed_config)
-        if ranks.is_first:
-            tokenizer.save(out / TOKENIZER_FILE)
 
 
 def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", out: "Path", dvae: str) -> "Stage":
@@ -82,7 +84,13 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
     schedule, data = config.schedule, config.data
     places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train_source, manifest = open_token_source(data.train)
-    validation_source = open_token_source(data.validation)[0] if data.validation else None
+    validation_source = None
+    if data.validation:
+        validation_source, other = open_token_source(data.validation)
+        if other.dvae_sha256 != manifest.dvae_sha256:
+            raise InputError(
+                f"{data.validation}: its tokens are of another dVAE than those of {data.train}; encode both with one"
+            )
 
     def to_tensors(batch: dict[str, Any], dropout: float, seed: int) -> tuple["Tensor", "Tensor", "Tensor"]:
         tokens, lengths = tokenizer.encode_batch(
@@ -118,7 +126,7 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
     def validate(engine: Any, batches: "Iterator[dict[str, Any]]", n_batches: int, step: int) -> dict[str, float]:
         return mean_over_ranks([engine(*to_tensors(next(batches), 0.0, 0)) for _ in range(n_batches)])
 
-    def sample(model: "nn.Module", path: "Path") -> None:
+    def sample(model: "nn.Module", path: "Path | None") -> None:
         import json
 
         from dalle_ds.config import SamplingConfig
@@ -129,6 +137,8 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         batch = next(Reader(validation_source or train_source, token_decode(manifest), N_SHOWN))
         tokens, lengths, _ = to_tensors(batch, 0.0, 0)
         codes = sample_tokens(model, tokens, lengths, SamplingConfig(), sample_seeds=range(N_SHOWN))  # type: ignore[arg-type]
+        if path is None:
+            return
         pictures = list(load_dvae(dvae).decode(codes.cpu()).permute(0, 2, 3, 1).numpy())
         make_grid(pictures, batch["caption"], scale=max(1, 128 // pictures[0].shape[0])).save(path)
         path.with_suffix(".json").write_text(json.dumps({"captions": batch["caption"]}))
@@ -141,18 +151,33 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         open_validation=open_validation if validation_source else None,
         step=make_step,
         validate=validate,
-        sample=sample if _holds_dvae(dvae) else None,
+        sample=sample if _holds_dvae(dvae, manifest) else None,
         learning_rate=lambda step: warmup_cosine(
             step, schedule.lr_warmup_steps, schedule.lr_final_multiplier, schedule.lr_steps
         ),
         scalars=lambda step: {},
         lr_multiplier=lambda name: 1.0,
         facts={"dvae": dvae, "dvae_sha256": manifest.dvae_sha256, "tokenizer_sha256": tokenizer.sha256},
+        write_files=lambda run: tokenizer.save(run / TOKENIZER_FILE),
     )
 
 
-def _holds_dvae(path: str) -> bool:
-    """Whether pictures can be shown; training itself needs no dVAE, and may run where it is not."""
-    from pathlib import Path
+def check_dvae(path: str, manifest: "TokenManifest", data: str) -> None:
+    """Raises InputError unless the run folder `path` holds the dVAE that made the tokens of `data`."""
+    from dalle_ds.models.weights import fingerprint
 
-    return (Path(path) / "config.json").exists()
+    if fingerprint(path, "dvae") != manifest.dvae_sha256:
+        raise InputError(
+            f"--dvae {path} is not the dVAE that made the tokens of {data}: its weights differ; "
+            f"give {manifest.dvae}, or encode the pictures again"
+        )
+
+
+def _holds_dvae(path: str, manifest: "TokenManifest") -> bool:
+    """Whether pictures can be shown; training itself needs no dVAE, and may run where it is not, or is a newer one."""
+    from dalle_ds.models.weights import fingerprint
+
+    try:
+        return fingerprint(path, "dvae") == manifest.dvae_sha256
+    except InputError:
+        return False

@@ -30,8 +30,8 @@ COLOURS = {
 BACKGROUNDS = {"white": (240, 240, 238), "grey": (196, 196, 198), "beige": (226, 212, 186), "lavender": (208, 200, 228)}
 TEXTURES = ("plain", "gradient", "striped", "checked", "dotted")
 PLAIN_FRACTION = 0.6
-SIZES = {"small": 0.13, "large": 0.19}  # radius
-STEPS = (0.23, 0.5, 0.77)  # centres of the rows and columns of places
+SIZES = {"small": 0.15, "large": 0.2}  # radius
+STEPS = (0.24, 0.5, 0.76)  # centres of the rows and columns of places
 PLACES = {
     "top left": (0, 0),
     "top": (0, 1),

@@ -54,13 +54,15 @@ class ShardWriter:
         self.n_shard = 0  # shards complete
         self.n_sample = 0
         self._open: _Shard | None = None
+        self._made_folder = False
 
     def __enter__(self) -> "ShardWriter":
         old = sorted(self.folder.glob("*.tar"))
         if old and not self.overwrite:
             raise InputError(
-                f"{self.folder} already holds shards ({old[0].name}, ...): name an empty folder or overwrite"
+                f"{self.folder} already holds shards ({old[0].name}, ...): name an empty folder, or give --overwrite"
             )
+        self._made_folder = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (*old, *self.folder.glob(PARTIAL.format("*"))):
             path.unlink()
@@ -79,6 +81,8 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(kind)
+        if kind is not None and self._made_folder and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _close(self, kind: type[BaseException] | None) -> None:
         if self._open is not None:

@@ -25,6 +25,8 @@ from dalle_ds.models.likelihood import (
 N_GROUP = 4
 WIDTHS = (1, 2, 4, 8)
 CHANNELS = 3
+# Of the squared distance against the fit of ln b, without relaxation.
+SQUARES_WEIGHT = 5.0
 
 
 class Conv2d(nn.Module):
@@ -135,7 +137,7 @@ class DVAE(nn.Module):
 
         loss = reconstruction + kl_weight * kl, with both terms divided by the number of colour values in a picture and
         averaged over the batch. Also returns `codes` [B, g, g], the likeliest tokens. Without a temperature nothing is
-        relaxed: the logits themselves go to the decoder (see codebook.py).
+        relaxed: the logits themselves go to the decoder, and mu is fitted by squares (see codebook.py).
         """
         x = map_pixels(images)
         logits = self.logits(x)  # [B, K, g, g]
@@ -144,8 +146,13 @@ class DVAE(nn.Module):
         values_per_image = images[0].numel()
         reconstruction = -logit_laplace_log_density(x, mu, log_b).mean()
         kl = kl_to_uniform(logits).flatten(1).sum(1).mean() / values_per_image
+        loss = reconstruction + kl_weight * kl
+        if temperature is None:
+            # Under the density a pixel that is not yet explained gets a wide b, and through it hardly a gradient.
+            squares = (torch.logit(x) - mu).square().mean()
+            loss = SQUARES_WEIGHT * squares - logit_laplace_log_density(x, mu.detach(), log_b).mean()
         return {
-            "loss": reconstruction + kl_weight * kl,
+            "loss": loss,
             "reconstruction": reconstruction,
             "kl": kl,
             "codes": logits.argmax(dim=1),

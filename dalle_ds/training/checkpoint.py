@@ -3,8 +3,10 @@
 checkpoints/step-00000500/ is complete when it holds complete.json, which is written last.
 """
 
+import errno
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ WEIGHTS = "model.safetensors"
 ENGINE_TAG = "engine"
 # Free bytes under which a failed write is put down to a full disk: what is left is less than a file's next block.
 FULL_BELOW = 2**20
+# Seconds that a rank whose checkpoint another one has removed leaves to that one to say why; the launcher then ends it.
+OTHERS_SPEAK = 10.0
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, Any], keep: int) -> Path:
@@ -33,10 +38,18 @@ def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, 
     try:
         _write(engine, folder, step, rank_state)
     except BaseException as error:
-        free = shutil.disk_usage(run).free
-        shutil.rmtree(folder, ignore_errors=True)
+        others_fault = isinstance(error, Exception) and not folder.exists()
+        full = getattr(error, "errno", None) in FULL_DISK
         # torch and safetensors have errors of their own for a full disk.
-        if free < FULL_BELOW and not isinstance(error, OSError):
+        if not isinstance(error, OSError) and not others_fault:
+            full = shutil.disk_usage(run).free < FULL_BELOW
+        shutil.rmtree(folder, ignore_errors=True)
+        if others_fault and not full:
+            time.sleep(OTHERS_SPEAK)
+            raise InputError(
+                f"{folder}: another process could not write it and says why; then go on with --resume auto"
+            ) from error
+        if full:
             raise InputError(
                 f"{folder}: the disk is full; free some space and go on with --resume auto; --loop.keep may be lower"
             ) from error

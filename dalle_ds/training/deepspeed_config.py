@@ -1,5 +1,6 @@
 """Reads a DeepSpeed JSON and refuses what DeepSpeed would accept in silence: a key that means nothing to it."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ SECTIONS = {
     "checkpoint": {"tag_validation", "load_universal", "use_node_local_storage", "parallel_write"},
     "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
 }
+# Whole numbers of at least 1, which DeepSpeed would take as they come.
+COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# What DeepSpeed takes out of the params of Adam and AdamW before the optimizer sees them.
+ADAM_ONLY = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "bias_correction"}
 # Sections with another home in this project, and the sentence that says where.
 ELSEWHERE = {"scheduler": "the shape of the learning rate is a flag (--schedule.*); the JSON holds its peak"}
 
@@ -29,7 +34,8 @@ ELSEWHERE = {"scheduler": "the shape of the learning rate is a flag (--schedule.
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """The checked content of the DeepSpeed JSON at `path`.
 
-    Raises InputError, naming file, key and remedy, for a missing or malformed file and for an unknown key.
+    Raises InputError, naming file, key and remedy, for a missing or malformed file, an unknown key, or a value of the
+    wrong kind.
     """
     try:
         text = Path(path).read_text()
@@ -40,6 +46,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     require(isinstance(config, dict), f"{path}: the top level must be an object")
+    config = _without_comments(config)
     for key, reason in ELSEWHERE.items():
         require(key not in config, f"{path}: section {key!r} does not belong here: {reason}")
     _refuse_unknown(config, TOP_LEVEL, str(path))
@@ -48,9 +55,16 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     for section, model in _pydantic_sections().items():
         aliases = {field.alias for field in model.model_fields.values() if field.alias}
         _refuse_unknown(config.get(section, {}), set(model.model_fields) | aliases, f"{path}: section {section!r}")
+        _refuse_wrong_kinds(config.get(section, {}), model, f"{path}: {section}")
     require("optimizer" in config, f"{path}: section 'optimizer' is missing; it holds type and peak learning rate")
-    params = config["optimizer"].get("params", {})
-    require(isinstance(params, dict) and "lr" in params, f"{path}: optimizer.params.lr, the peak, is missing")
+    _check_optimizer(config["optimizer"], f"{path}: optimizer")
+    for key in COUNTS:
+        value = config.get(key, 1)
+        require(type(value) is int and value > 0, f"{path}: {key} {value!r} must be a whole number of at least 1")
+    clipping = config.get("gradient_clipping", 0)
+    require(
+        _is_number(clipping) and clipping >= 0, f"{path}: gradient_clipping {clipping!r} must be a number, 0 for none"
+    )
     require(
         "train_micro_batch_size_per_gpu" in config or "train_batch_size" in config,
         f"{path}: set train_micro_batch_size_per_gpu or train_batch_size",
@@ -81,11 +95,49 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def _without_comments(value: Any) -> Any:
+    """The value without the keys that start with `//`, at any depth: DeepSpeed would refuse them, or pass them on."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_comments(inner) for key, inner in value.items() if not key.startswith("//")}
+
+
 def _refuse_unknown(section: dict[str, Any], known: set[str], where: str) -> None:
     require(isinstance(section, dict), f"{where} must be an object")
-    # Keys that start with "//" are comments.
-    unknown = sorted(key for key in section if key not in known and not key.startswith("//"))
+    unknown = sorted(set(section) - known)
     require(not unknown, f"{where}: unknown key {unknown[0] if unknown else ''!r}; known keys are {sorted(known)}")
+
+
+def _refuse_wrong_kinds(section: dict[str, Any], model: Any, where: str) -> None:
+    from pydantic import ValidationError
+
+    try:
+        model(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}.{key} {first['input']!r} does not do: {first['msg']}") from None
+
+
+def _check_optimizer(section: dict[str, Any], where: str) -> None:
+    """Raises InputError for an optimizer that neither DeepSpeed nor torch has, and for params it does not take."""
+    import torch
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    name, params = section.get("type"), section.get("params", {})
+    known = isinstance(name, str) and (name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name))
+    require(known, f"{where}.type {name!r} is no optimizer of DeepSpeed or torch; use AdamW")
+    require(isinstance(params, dict) and "lr" in params, f"{where}.params.lr, the peak, is missing")
+    require(
+        _is_number(params["lr"]) and params["lr"] > 0, f"{where}.params.lr {params['lr']!r} must be a number above 0"
+    )
+    if str(name).lower() in ("adam", "adamw"):
+        taken = set(inspect.signature(torch.optim.AdamW).parameters) - {"params"}
+        _refuse_unknown(params, taken | ADAM_ONLY, f"{where}.params")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _pydantic_sections() -> dict[str, Any]:

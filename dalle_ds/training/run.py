@@ -13,6 +13,7 @@ from dalle_ds.training.checkpoint import complete_checkpoints
 
 # What must not change when a run goes on: another model cannot take the weights, other tokens mean other things.
 FIXED_SECTIONS = ("model", "tokenizer")
+FIXED_FACTS = {"dvae_sha256": "tokens of another dVAE", "tokenizer_sha256": "another tokenizer"}
 
 
 def open_run(out: Path, resume: str) -> Path | None:
@@ -23,14 +24,19 @@ def open_run(out: Path, resume: str) -> Path | None:
     """
     if resume not in ("auto", "none"):
         raise InputError(f"--resume {resume!r} is neither auto nor none")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
     checkpoints = complete_checkpoints(out)
     if resume == "none" and (out / "config.json").exists():
         raise InputError(f"{out} already holds a run: pass --resume auto to go on with it, or choose another --out")
     return checkpoints[-1] if checkpoints else None
 
 
-def check_same_model(out: Path, kind: str, config: dict[str, Any]) -> None:
-    """Raises InputError, listing the keys, when the run in `out` has another kind or another model than `config`."""
+def check_same_model(out: Path, kind: str, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises InputError, listing the keys, when the run in `out` has another kind or another model than `config`.
+
+    `facts` are the further entries of config.json; of those, the tokenizer and the dVAE must be the same.
+    """
     before = json.loads((out / "config.json").read_text())
     if before["kind"] != kind:
         raise InputError(f"{out} holds a {before['kind']} run, not a {kind} run; choose another --out")
@@ -42,6 +48,9 @@ def check_same_model(out: Path, kind: str, config: dict[str, Any]) -> None:
     ]
     if differing:
         raise InputError(f"{out} holds another model: {'; '.join(differing)}; use its settings, or another --out")
+    for name, what in FIXED_FACTS.items():
+        if name in facts and before.get(name) != facts[name]:
+            raise InputError(f"{out} was trained with {what}: go on with the one it had, or choose another --out")
 
 
 def write_run(out: Path, kind: str, config: dict[str, Any], deepspeed_config: dict[str, Any], **facts: Any) -> None:

@@ -48,14 +48,16 @@ class Stage:
     step: Callable[[Engine], Step]
     validate: Callable[[Engine, Iterator[Batch], int, int], dict[str, float]]
     """engine, batches, how many of them, step -> figures"""
-    sample: Callable[[nn.Module, Path], None] | None
-    """whole model, path of the PNG to write -> pictures; called on the first rank"""
+    sample: Callable[[nn.Module, Path | None], None] | None
+    """whole model, path of the PNG to write (None where nothing is to be written); called on every rank"""
     learning_rate: Callable[[int], float]
     scalars: Callable[[int], dict[str, float]]
     lr_multiplier: Callable[[str], float]
     """parameter name -> multiple of the learning rate"""
     facts: dict[str, Any]
     """further entries of config.json"""
+    write_files: Callable[[Path], None] = lambda run: None
+    """run folder -> writes what else belongs into it, before the first step"""
 
     @property
     def loop(self) -> LoopConfig:
@@ -73,7 +75,7 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
     checkpoint = open_run(out, resume)
     config = dataclasses.asdict(stage.config)
     if checkpoint is not None:
-        check_same_model(out, stage.kind, config)
+        check_same_model(out, stage.kind, config, stage.facts)
     reader = stage.open_reader(micro_batch_size)
     engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier)
     start = 0
@@ -81,9 +83,10 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
         start, state = load_checkpoint(engine, checkpoint)
         reader.load_state_dict(state["reader"])
     if ranks.is_first:
-        versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in VERSIONED}}
+        versions = {"python": platform.python_version(), **installed_versions()}
         facts = {"n_parameters": n_parameters(engine), "world_size": ranks.world_size, "versions": versions}
         write_run(out, stage.kind, config, ds_config, **facts, **stage.facts)
+        stage.write_files(out)
     dist.barrier()
     metrics = MetricsLog(out / "metrics.jsonl", start) if ranks.is_first else None
 
@@ -100,9 +103,9 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
 
     def sample(step: int) -> None:
         if stage.sample is not None:
+            # Every rank draws, for the layers of a sharded model meet in each forward pass; the first one writes.
             with whole_model(engine) as model:
-                if ranks.is_first:
-                    stage.sample(model, out / "samples" / f"step-{step:08d}.png")
+                stage.sample(model, out / "samples" / f"step-{step:08d}.png" if ranks.is_first else None)
 
     def save(step: int) -> None:
         save_checkpoint(engine, out, step, {"reader": reader.state_dict()}, loop.keep)
@@ -126,3 +129,18 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
     if ranks.is_first:
         what = f"steps {start + 1} to {loop.steps}" if start < loop.steps else f"nothing to do, {start} steps are done"
         print(f"{out}: {what} in {time.time() - began:.0f} s", flush=True)
+        warn_of_skipped(out)
+
+
+def warn_of_skipped(out: Path) -> None:
+    """Counts what the data loading left out so far; ranks and earlier runs may have named a sample more than once."""
+    path = out / "skipped.jsonl"
+    if path.exists():
+        n_skipped = len(set(path.read_text().splitlines()))
+        print(f"warning: {n_skipped} samples or shards were left out; {path} names them", flush=True)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that shape a run, of those that are installed (triton is not, outside Linux)."""
+    installed = {found.name: found.version for found in metadata.distributions()}
+    return {name: installed[name] for name in VERSIONED if name in installed}

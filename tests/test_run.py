@@ -1,0 +1,80 @@
+"""A run folder: what may begin, what may go on, and what is written."""
+
+import json
+
+import pytest
+
+from dalle_ds import __version__
+from dalle_ds.config import InputError
+from dalle_ds.training.run import check_same_model, open_run, write_run
+
+CONFIG = {"model": {"dim": 8}, "tokenizer": {"dropout": 0.1}, "loop": {"steps": 3}}
+FACTS = {"dvae_sha256": "aa", "tokenizer_sha256": "bb", "n_parameters": 5}
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_run(tmp_path / "run", "prior", CONFIG, {"bf16": {"enabled": True}}, **FACTS)
+    return tmp_path / "run"
+
+
+def add_checkpoint(run, step, *, complete=True):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    if complete:
+        (folder / "complete.json").write_text("{}")
+    return folder
+
+
+def test_what_is_written_says_what_the_run_was_asked_to_be(run):
+    description = json.loads((run / "config.json").read_text())
+    assert description == {"kind": "prior", "version": __version__, "config": CONFIG, **FACTS}
+    assert json.loads((run / "ds_config.json").read_text()) == {"bf16": {"enabled": True}}
+    assert (run / "samples").is_dir()
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_a_new_folder_begins_a_run(tmp_path, resume):
+    assert open_run(tmp_path / "new", resume) is None
+    assert open_run(tmp_path, resume) is None
+
+
+def test_going_on_takes_the_newest_checkpoint_that_is_complete(run):
+    assert open_run(run, "auto") is None
+    add_checkpoint(run, 5)
+    newest = add_checkpoint(run, 20)
+    add_checkpoint(run, 100, complete=False)
+    assert open_run(run, "auto") == newest
+
+
+def test_a_run_is_not_written_over(run):
+    with pytest.raises(InputError, match=r"run already holds a run: pass --resume auto .* or choose another --out"):
+        open_run(run, "none")
+
+
+def test_other_words_and_other_files_are_refused(run):
+    with pytest.raises(InputError, match="--resume 'last' is neither auto nor none"):
+        open_run(run, "last")
+    with pytest.raises(InputError, match=r"config\.json is a file: name a folder"):
+        open_run(run / "config.json", "none")
+
+
+def test_what_is_no_part_of_the_model_may_change(run):
+    check_same_model(run, "prior", {**CONFIG, "loop": {"steps": 9}}, {**FACTS, "n_parameters": 7})
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "facts", "said"),
+    [
+        ("dvae", CONFIG, FACTS, "holds a prior run, not a dvae run"),
+        ("prior", {**CONFIG, "model": {"dim": 9}}, FACTS, "model.dim was 8 and is 9"),
+        ("prior", {**CONFIG, "tokenizer": {"dropout": 0.2}}, FACTS, "tokenizer.dropout was 0.1 and is 0.2"),
+        ("prior", CONFIG, {**FACTS, "dvae_sha256": "cc"}, "tokens of another dVAE"),
+        ("prior", CONFIG, {**FACTS, "tokenizer_sha256": "cc"}, "another tokenizer"),
+    ],
+)
+def test_another_model_does_not_go_on(run, kind, config, facts, said):
+    with pytest.raises(InputError, match=said) as error:
+        check_same_model(run, kind, config, facts)
+    assert str(run) in str(error.value)
+    assert "another --out" in str(error.value)
