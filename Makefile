@@ -56,7 +56,7 @@ demo: .venv/.base ## from nothing to pictures on a CPU: made data, both stages, 
 	@if [ -e $(DEMO) ] && [ ! -e $(DEMO)/.demo ]; then \
 		echo "error: $(DEMO) exists and is no earlier demo: choose another folder, make demo DEMO=..." >&2; exit 2; fi
 	@rm -rf $(DEMO) && mkdir -p $(DEMO) && date +%s > $(DEMO)/.demo
-	dalle-ds make-scenes $(DEMO)/scenes
+	dalle-ds make-scenes $(DEMO)/scenes --two_object_fraction 0.2
 	dalle-ds train-tokenizer --data $(DEMO)/scenes/train --out $(DEMO)/tokenizer.model --vocab_size 1024
 	deepspeed --quiet --num_accelerators 2 launch/train_dvae.py --deepspeed_config ds_configs/cpu_dvae.json --preset tiny \
 		--data.train $(DEMO)/scenes/train --data.validation $(DEMO)/scenes/validation --out $(DEMO)/dvae
@@ -65,9 +65,10 @@ demo: .venv/.base ## from nothing to pictures on a CPU: made data, both stages, 
 	deepspeed --quiet --num_accelerators 2 launch/train_prior.py --deepspeed_config ds_configs/cpu_zero3.json --preset tiny \
 		--tokenizer $(DEMO)/tokenizer.model --data.train $(DEMO)/tokens/train --data.validation $(DEMO)/tokens/validation \
 		--out $(DEMO)/prior
-	dalle-ds sample --prior $(DEMO)/prior --dvae $(DEMO)/dvae --out $(DEMO)/pictures "a large red circle in the top left" \
+	dalle-ds sample --prior $(DEMO)/prior --dvae $(DEMO)/dvae --out $(DEMO)/pictures --temperature 0.5 --guidance 2 "a large red circle in the top left" \
 		"a small blue star in the bottom right" "a green triangle above a yellow square"
-	dalle-ds evaluate --prior $(DEMO)/prior --dvae $(DEMO)/dvae --data $(DEMO)/scenes/held_out
+	dalle-ds evaluate --prior $(DEMO)/prior --dvae $(DEMO)/dvae --data $(DEMO)/scenes/held_out \
+		--temperature 0.5 --guidance 2
 	dalle-ds report $(DEMO)/prior --dvae $(DEMO)/dvae
 	@echo
 	@echo "The report: $(abspath $(DEMO))/prior/report.html"

@@ -79,9 +79,8 @@ def write_table(steps: list[tuple[str, float]], began: float, ended: float, peak
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    machine = (
-        f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    processor = platform.processor() or platform.machine()
+    machine = f"{processor}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
     evaluation = json.loads((ROOT / "demo" / "prior" / "evaluation.json").read_text())
     figures = [
         f"| {row['name']} | {row['value']:.1%} | {row['chance']:.2%} | {row['n']} |" for row in evaluation["figures"]
@@ -92,7 +91,7 @@ def write_table(steps: list[tuple[str, float]], began: float, ended: float, peak
             "",
             f"Machine: {machine}. Commit {commit.stdout.strip()}.",
             "",
-            f"In all {(ended - began) / 60:.1f} minutes (limit {MINUTES_LIMIT}), peak {peak:.2f} GiB (limit {GIB_LIMIT}).",
+            f"{(ended - began) / 60:.1f} minutes (limit {MINUTES_LIMIT}), peak {peak:.2f} GiB (limit {GIB_LIMIT}).",
             "",
             "| step | seconds |",
             "|---|---|",

@@ -42,6 +42,7 @@ class DVAEConfig:
     post_gain: float = described(
         0.0, "constant on each resblock's output; 0 for the paper's 1 / (number of resblocks)^2"
     )
+    min_scale: float = described(0.0, "floor on the scale b of the logit-Laplace density; 0 for none, as in the paper")
 
     def __post_init__(self) -> None:
         require(
@@ -55,7 +56,8 @@ class DVAEConfig:
             2 <= self.vocab_size <= 65536,
             f"vocab_size {self.vocab_size} must lie in [2, 65536]: codes are stored as 16-bit integers",
         )
-        require(self.post_gain >= 0, f"post_gain {self.post_gain} must not be negative")
+        for name in ("post_gain", "min_scale"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
 
     @property
     def grid_size(self) -> int:
@@ -76,6 +78,7 @@ class DVAEScheduleConfig:
     lr_warmup_steps: int = described(0, "steps of linear warm-up (the paper has none)")
     lr_final_multiplier: float = described(1 / 80, "learning rate at the end, as a multiple of its peak")
     lr_steps: int = described(1_200_000, "steps over which the learning rate falls")
+    lr_start_multiplier: float = described(1.0, "learning rate after its warm-up, as a multiple of the JSON's peak")
     encoder_lr_multiplier: float = described(1.0, "the encoder's learning rate, as a multiple of the decoder's")
     warm_start_steps: int = described(
         0, "steps without relaxation before the codebook is made by k-means; the paper has none, short runs need some"
@@ -89,7 +92,8 @@ class DVAEScheduleConfig:
         require(
             0 <= self.lr_final_multiplier <= 1, f"lr_final_multiplier {self.lr_final_multiplier} must lie in [0, 1]"
         )
-        require(self.encoder_lr_multiplier > 0, f"encoder_lr_multiplier {self.encoder_lr_multiplier} must be positive")
+        for name in ("lr_start_multiplier", "encoder_lr_multiplier"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)} must be positive")
         for name in ("kl_steps", "temperature_steps", "lr_warmup_steps", "lr_steps", "warm_start_steps"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
 
@@ -211,11 +215,17 @@ class DVAETraining:
 class PriorTraining:
     """All of a stage-2 run but what the DeepSpeed JSON holds."""
 
+    caption_dropout: float = described(
+        0.0, "fraction of training captions left empty, so that sampling can use guidance (the paper has none)"
+    )
     model: PriorConfig = nested(PriorConfig)
     tokenizer: TokenizerConfig = nested(TokenizerConfig)
     schedule: PriorScheduleConfig = nested(PriorScheduleConfig)
     data: DataConfig = nested(DataConfig)
     loop: LoopConfig = nested(LoopConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.caption_dropout < 1, f"caption_dropout {self.caption_dropout} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +235,17 @@ class SamplingConfig:
     temperature: float = described(1.0, "divides the logits; 0 always takes the likeliest token")
     top_k: int = described(0, "keep only the k likeliest tokens; 0 for all")
     top_p: float = described(1.0, "keep the smallest set of tokens with this probability; 1 for all")
+    guidance: float = described(
+        1.0,
+        "exaggerates what the caption changes (classifier-free guidance); above 1 needs caption_dropout in training",
+    )
     seed: int = described(0, "seed; a picture depends on its caption, its index and this number alone")
     batch_size: int = described(64, "pictures drawn at once")
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, f"temperature {self.temperature} must not be negative")
         require(self.top_k >= 0, f"top_k {self.top_k} must not be negative")
+        require(self.guidance >= 0, f"guidance {self.guidance} must not be negative")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must lie in (0, 1]")
         require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1")
 

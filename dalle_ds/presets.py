@@ -1,7 +1,7 @@
 """Named settings: what `--preset` chooses, and what flags then change.
 
-`tiny` is for a laptop CPU and 64 x 64 pictures: it finishes in minutes. `paper` and the priors named by their number of
-parameters are the sizes of the paper (Table 1, Appendices A.2 and B.2) on 256 x 256 pictures.
+`tiny` is for a laptop CPU and 64 x 64 pictures: it finishes in minutes. The others, named by the parameters of the
+prior, are the sizes of the paper (Table 1, Appendices A.2 and B.2) on 256 x 256 pictures.
 """
 
 from dataclasses import dataclass, replace
@@ -48,27 +48,32 @@ def _tiny() -> Preset:
     data = DataConfig(shuffle_buffer=4_000)
     return Preset(
         dvae=DVAETraining(
-            model=DVAEConfig(image_size=64, n_hid=16, n_blk_per_group=1, n_init=64, vocab_size=512, post_gain=0.25),
+            model=DVAEConfig(
+                image_size=64, n_hid=16, n_blk_per_group=1, n_init=64, vocab_size=512, post_gain=0.25, min_scale=0.3
+            ),
             schedule=DVAEScheduleConfig(
-                kl_weight=1.0,
+                kl_weight=0.2,
                 kl_steps=0,
-                temperature_steps=960,
+                temperature_start=0.25,
+                temperature_steps=140,
                 lr_warmup_steps=20,
-                lr_steps=1_200,
-                lr_final_multiplier=0.02,
+                lr_steps=200,
+                lr_start_multiplier=0.2,
+                lr_final_multiplier=0.004,
                 encoder_lr_multiplier=0.1,
-                warm_start_steps=1_500,
+                warm_start_steps=1_800,
             ),
             data=data,
-            loop=LoopConfig(steps=1_200),
+            loop=LoopConfig(steps=200),
         ),
         prior=PriorTraining(
+            caption_dropout=0.1,
             model=PriorConfig(
-                text_vocab_size=1024, text_len=24, image_vocab_size=256, grid_size=8, n_layer=4, n_head=4, head_dim=32
+                text_vocab_size=1024, text_len=20, image_vocab_size=512, grid_size=8, n_layer=4, n_head=4, head_dim=32
             ),
-            schedule=PriorScheduleConfig(lr_warmup_steps=50, lr_steps=1_500, lr_final_multiplier=0.02),
+            schedule=PriorScheduleConfig(lr_warmup_steps=50, lr_steps=2_200, lr_final_multiplier=0.02),
             data=data,
-            loop=LoopConfig(steps=1_500),
+            loop=LoopConfig(steps=2_200),
         ),
     )
 

@@ -178,8 +178,14 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
         step=make_step,
         validate=validate,
         sample=sample,
-        learning_rate=lambda step: warmup_cosine(
-            step, schedule.lr_warmup_steps, schedule.lr_final_multiplier, schedule.lr_steps
+        learning_rate=lambda step: (
+            schedule.lr_start_multiplier
+            * warmup_cosine(
+                step,
+                schedule.lr_warmup_steps,
+                schedule.lr_final_multiplier / schedule.lr_start_multiplier,
+                schedule.lr_steps,
+            )
         ),
         scalars=scalars,
         lr_multiplier=lambda name: schedule.encoder_lr_multiplier if name.startswith("encoder.") else 1.0,

@@ -119,7 +119,10 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
     def make_step(engine: Any) -> Any:
         def step(batch: dict[str, Any], index: int, micro_step: int) -> dict[str, "Tensor"]:
             seed = abs(hash((config.loop.seed, index, micro_step, ranks.rank)))
-            return engine(*to_tensors(batch, config.tokenizer.dropout, seed))  # type: ignore[no-any-return]
+            tokens, lengths, codes = to_tensors(batch, config.tokenizer.dropout, seed)
+            dropped = np.random.default_rng([seed, 1]).random(len(lengths)) < config.caption_dropout
+            lengths = lengths.masked_fill(torch.from_numpy(dropped).to(ranks.device), 0)
+            return engine(tokens, lengths, codes)  # type: ignore[no-any-return]
 
         return step
 

@@ -27,6 +27,10 @@ def sample_tokens(
     `on_token()` is called after each of the image_len positions.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in sample_seeds]
+    guided = config.guidance != 1
+    if guided:  # the same pictures once more, under empty captions
+        text_tokens = torch.cat([text_tokens, text_tokens])
+        text_lengths = torch.cat([text_lengths, torch.zeros_like(text_lengths)])
     caches = [KeyValueCache(prior.config.seq_len) for _ in prior.layers]
     # All but the last text state only fill the caches: no image state precedes start-of-image.
     prior.run_layers(prior.text_states(text_tokens, text_lengths), caches)
@@ -34,10 +38,17 @@ def sample_tokens(
     for p in range(prior.config.image_len):
         states = prior.run_layers(prior.image_states(codes[:, -1:] if p else codes, first=p), caches)  # [B, 1, dim]
         noise = torch.stack([torch.rand((), generator=generator) for generator in generators])
-        drawn = draw(prior.image_head(states[:, -1]), noise.to(states.device), config)
-        codes = torch.cat([codes, drawn[:, None]], dim=1)
+        logits = prior.image_head(states[:, -1])
+        drawn = draw(guide(logits, config.guidance) if guided else logits, noise.to(states.device), config)
+        codes = torch.cat([codes, (torch.cat([drawn, drawn]) if guided else drawn)[:, None]], dim=1)
         on_token()
-    return codes.view(len(codes), prior.config.grid_size, -1)
+    return codes[: len(generators)].view(len(generators), prior.config.grid_size, -1)
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): logits [2B, K], first with and then without captions -> [B, K]."""
+    captioned, plain = logits.log_softmax(dim=-1).chunk(2)
+    return torch.lerp(plain, captioned, guidance)
 
 
 def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> Tensor:

@@ -17,8 +17,8 @@ from dalle_ds.models.likelihood import map_pixels
 # Cells that the centres are fitted to, and rounds of k-means after the k-means++ start.
 N_CELLS, N_ROUNDS = 8_000, 5
 # KL of a cell's posterior against the uniform that the logits are scaled to, as a fraction of its largest value ln K:
-# sharp enough to reconstruct, soft enough to move.
-START_KL = 0.64
+# sharp, for the noise of a soft posterior blurs what the decoder has learned.
+START_KL = 0.9
 
 
 @torch.no_grad()

@@ -143,6 +143,8 @@ class DVAE(nn.Module):
         logits = self.logits(x)  # [B, K, g, g]
         relaxed = logits if temperature is None else gumbel_softmax(logits, temperature, generator)
         mu, log_b = self.decoder(relaxed).float().chunk(2, dim=1)
+        if self.config.min_scale:
+            log_b = log_b.clamp(min=math.log(self.config.min_scale))
         values_per_image = images[0].numel()
         reconstruction = -logit_laplace_log_density(x, mu, log_b).mean()
         kl = kl_to_uniform(logits).flatten(1).sum(1).mean() / values_per_image
