@@ -20,7 +20,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 MINUTES_LIMIT, GIB_LIMIT = 15, 8
-SAMPLE_EVERY = 1.0  # seconds
+SAMPLE_EVERY = 5.0  # seconds
 # What make prints before a command, and what it says while it sets up.
 COMMANDS = ("dalle-ds ", "deepspeed ", "set-up:")
 

@@ -69,3 +69,7 @@ def _overview() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dalle-ds {__version__}")
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

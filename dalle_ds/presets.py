@@ -71,9 +71,9 @@ def _tiny() -> Preset:
             model=PriorConfig(
                 text_vocab_size=1024, text_len=20, image_vocab_size=512, grid_size=8, n_layer=4, n_head=4, head_dim=32
             ),
-            schedule=PriorScheduleConfig(lr_warmup_steps=50, lr_steps=2_200, lr_final_multiplier=0.02),
+            schedule=PriorScheduleConfig(lr_warmup_steps=50, lr_steps=1_350, lr_final_multiplier=0.02),
             data=data,
-            loop=LoopConfig(steps=2_200),
+            loop=LoopConfig(steps=1_350),
         ),
     )
 

@@ -1,5 +1,6 @@
 """The report: all that is in a run folder is on the page, what is missing is named, and no link leaves the page."""
 
+import dataclasses
 import json
 import math
 import re
@@ -241,13 +242,10 @@ def test_a_page_that_cannot_be_put_in_place_leaves_nothing_half_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_interval_of_a_share_stays_inside_zero_and_one():
-    def share(value):
-        return page.interval(Figure(name="x", value=value, chance=0.1, n=10))
-
-    assert share(1.0).endswith("to 100.0%")
-    assert share(0.0).startswith("0.0 to")
-    assert page.interval(Figure(name="FID", value=0.5, chance=None, n=10)) == ""
+def test_a_figure_without_an_interval_shows_none():
+    figure = Figure(name="x", value=0.5, low=0.2, high=0.8, chance=0.1, n=10)
+    assert page.interval(figure) == "20.0 to 80.0%"
+    assert page.interval(dataclasses.replace(figure, low=None)) == ""
 
 
 def test_thinned_curves_keep_their_mean_and_order_and_a_logarithm_leaves_step_zero_out():

@@ -7,7 +7,7 @@ from scipy import ndimage
 from dalle_ds.config import SceneConfig
 from dalle_ds.data.scene_captions import make_scene
 from dalle_ds.data.scenes import render
-from dalle_ds.evaluation.caption_accuracy import chance_level, describe, list_figures, score, summarize
+from dalle_ds.evaluation.caption_accuracy import chance_level, describe, list_figures, score, summarize, wilson_interval
 from dalle_ds.evaluation.scene_reader import nearest_place, read_scene
 
 CONFIG = SceneConfig(seed=101)  # no other test nor the demo uses it
@@ -181,3 +181,10 @@ def test_empty_sets_have_no_figures():
 def test_objects_are_described_in_words():
     assert describe(TWO["objects"]) == "red star, top left; blue star, bottom left"
     assert describe([]) == "nothing"
+
+
+def test_the_interval_of_a_share_stays_inside_zero_and_one_and_holds_the_share():
+    assert wilson_interval(1.0, 10) == (pytest.approx(0.7225, abs=1e-4), 1.0)  # 10 / (10 + 1.96^2)
+    assert wilson_interval(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    low, high = wilson_interval(0.3, 1000)
+    assert low < 0.3 < high

@@ -106,6 +106,6 @@ def _print_figures(figures: list[dict[str, Any]], n: int) -> None:
 
     table = Table("figure", "value", "95% interval", "chance", "cases", title=f"one picture for each of {n} captions")
     for row in figures:
-        interval = f"+-{row['margin']:.1%}"
+        interval = f"{row['low']:.1%} to {row['high']:.1%}"
         table.add_row(row["name"], f"{row['value']:.1%}", interval, f"{row['chance']:.2%}", str(row["n"]))
     Console().print(table)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
                 "or --schedule.warm_start_steps 0",
             )
             stage = make_warm_start(config, ranks, out)
-            train_stage(stage, ranks, out=out / WARM_START, **{**stage_arguments, "resume": "auto"})
+            train_stage(stage, ranks, out=out / WARM_START, **stage_arguments)
         train_stage(make_stage(config, ranks, out), ranks, out=out, **stage_arguments)
 
 

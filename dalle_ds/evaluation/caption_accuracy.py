@@ -30,6 +30,7 @@ GROUPS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "by_n_object": lambda truth: str(len(truth["objects"])),
 }
 
+Z_95 = 1.96  # normal quantile of a 95% interval
 Score = dict[str, bool | None]
 
 
@@ -127,9 +128,9 @@ def _shares(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def list_figures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The summary as rows {"name", "value", "chance", "n", "margin"}: those of all pictures, then "all" of each group.
+    """The summary as rows {"name", "value", "low", "high", "chance", "n"}: those of all pictures, then "all" of groups.
 
-    `margin` is half the width of the 95% interval (normal approximation); rows without a single case are left out.
+    `low` and `high` bound the 95% interval; rows without a single case are left out.
     """
     rows = [(f"caption accuracy: {name}", summary, name) for name in FIGURES]
     for wanted, figures in summary["by_held_out"].items():
@@ -140,17 +141,20 @@ def list_figures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "name": title,
             "value": figures[name],
+            **dict(zip(("low", "high"), wilson_interval(figures[name], figures[f"n_{name}"]), strict=True)),
             "chance": figures["chance"][name],
             "n": figures[f"n_{name}"],
-            "margin": _margin(figures[name], figures[f"n_{name}"]),
         }
         for title, figures, name in rows
         if figures[name] is not None
     ]
 
 
-def _margin(share: float, n: int) -> float:
-    return 1.96 * math.sqrt(share * (1 - share) / n)
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n cases (Wilson 1927), which is right near 0 and 1 too."""
+    middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    reach = Z_95 / (1 + Z_95**2 / n) * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def describe(objects: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,6 @@ import datetime
 import importlib.metadata
 import io
 import json
-import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ MAX_EARLIER_GRIDS = 4
 MAX_HEADLINES = 4
 MAX_PICTURE_SIDE = 2400  # pixels; a larger grid is shrunk, so that the page stays a few megabytes
 FINAL_FRACTION = 20  # a final training loss is the mean over the last one part in so many of its lines
-Z_95 = 1.96  # normal quantile of a 95% interval
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
 PACKAGES = ("dalle_ds", "torch", "deepspeed", "triton", "numpy")
 
@@ -198,13 +196,10 @@ def picture_uri(path: Path) -> str:
 
 
 def interval(figure: Figure) -> str:
-    """The 95% interval of a fraction of `n` pictures (Wilson's, good near 0 and 1 too); empty for other figures."""
-    if not figure.n or not 0 <= figure.value <= 1 or figure.chance is None:
+    """The 95% interval of a figure that has one."""
+    if figure.low is None or figure.high is None:
         return ""
-    n, p = figure.n, figure.value
-    middle = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-    reach = Z_95 / (1 + Z_95**2 / n) * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
-    return f"{100 * max(0.0, middle - reach):.1f} to {100 * min(1.0, middle + reach):.1f}%"
+    return f"{100 * figure.low:.1f} to {100 * figure.high:.1f}%"
 
 
 def settings(config: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:

@@ -31,10 +31,15 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One measured figure of evaluation.json; `chance` is what guessing would give, `n` the number of pictures."""
+    """One measured figure of evaluation.json.
+
+    `low` and `high` bound its 95% interval, `chance` is what guessing would give, `n` the number of pictures.
+    """
 
     name: str
     value: float
+    low: float | None
+    high: float | None
     chance: float | None
     n: int | None
 
@@ -190,7 +195,9 @@ def _read_figures(evaluation: dict[str, Any]) -> list[Figure]:
         Figure(
             name=str(figure["name"]),
             value=float(figure["value"]),
-            chance=float(figure["chance"]) if _is_number(figure.get("chance")) else None,
+            low=_number(figure, "low"),
+            high=_number(figure, "high"),
+            chance=_number(figure, "chance"),
             n=int(figure["n"]) if _is_number(figure.get("n")) else None,
         )
         for figure in _list_of_objects(evaluation.get("figures"))
@@ -240,6 +247,10 @@ def _count_elements(path: Path) -> int | None:
             return None
     shapes: list[list[int]] = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
     return sum(math.prod(shape) for shape in shapes)
+
+
+def _number(figure: dict[str, Any], name: str) -> float | None:
+    return float(figure[name]) if _is_number(figure.get(name)) else None
 
 
 def _is_number(value: Any) -> bool:
