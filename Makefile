@@ -56,7 +56,7 @@ demo: .venv/.base ## from nothing to pictures on a CPU: made data, both stages, 
 	@if [ -e $(DEMO) ] && [ ! -e $(DEMO)/.demo ]; then \
 		echo "error: $(DEMO) exists and is no earlier demo: choose another folder, make demo DEMO=..." >&2; exit 2; fi
 	@rm -rf $(DEMO) && mkdir -p $(DEMO) && date +%s > $(DEMO)/.demo
-	dalle-ds make-scenes $(DEMO)/scenes --two_object_fraction 0.2
+	dalle-ds make-scenes $(DEMO)/scenes --two_object_fraction 0.1
 	dalle-ds train-tokenizer --data $(DEMO)/scenes/train --out $(DEMO)/tokenizer.model --vocab_size 1024
 	deepspeed --quiet --num_accelerators 2 launch/train_dvae.py --deepspeed_config ds_configs/cpu_dvae.json --preset tiny \
 		--data.train $(DEMO)/scenes/train --data.validation $(DEMO)/scenes/validation --out $(DEMO)/dvae
