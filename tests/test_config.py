@@ -31,8 +31,7 @@ BAD = {
         "n_init": [0],
         "vocab_size": [1, 65_537],
         "post_gain": [-0.1, NAN],
-        "codebook_gain": [-0.1],
-        "logit_spread": [-0.1],
+        "min_scale": [-0.1],
     },
     DVAEScheduleConfig: {
         "kl_weight": [-1.0, NAN],
@@ -45,6 +44,8 @@ BAD = {
         "kl_weight_start": [-1.0],
         "kl_steps": [-1],
         "encoder_lr_multiplier": [0.0, -1.0],
+        "lr_start_multiplier": [0.0],
+        "warm_start_steps": [-1],
     },
     TokenizerConfig: {"vocab_size": [31], "dropout": [-0.1, 1.0]},
     PriorConfig: {

@@ -45,7 +45,7 @@ def make_small(line):
         words = [sys.executable, "-m", "dalle_ds.cli", *words[1:]]
     elif words[0] == "deepspeed":
         words = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port(), *words[1:]]
-    return [*words, *extra]
+    return [*words, *map(str, extra)]
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def add_evaluation(folder, captions=("a red circle", "a blue star")):
         }
         examples.append({**example, "truth": "red circle, centre"})
     figures = [
-        {"name": "caption accuracy", "value": 0.842, "chance": 0.031, "n": 1000},
+        {"name": "caption accuracy", "value": 0.842, "low": 0.818, "high": 0.863, "chance": 0.031, "n": 1000},
         {"name": "shape", "value": 0.95, "chance": 0.17, "n": 1000},
         {"name": "FID", "value": 23.4567},
     ]

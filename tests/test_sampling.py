@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle_ds.config import PriorConfig, SamplingConfig
-from dalle_ds.generation.sampling import draw, filter_logits, sample_tokens
+from dalle_ds.generation.sampling import draw, filter_logits, guide, sample_tokens
 from dalle_ds.models.prior import Prior
 
 TINY = PriorConfig(
@@ -136,3 +136,23 @@ def test_sampling_draws_from_the_distribution_that_training_fits(prior):
     # Five standard deviations of a frequency.
     bound = 5 * (probability * (1 - probability) / n).sqrt()
     assert ((drawn.bincount(minlength=17) / n - probability).abs() <= bound).all()
+
+
+def test_guidance_of_one_is_the_caption_alone_and_of_zero_no_caption():
+    captioned, plain = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    logits = torch.cat([captioned, plain])
+    torch.testing.assert_close(guide(logits, 1.0), captioned.log_softmax(-1))
+    torch.testing.assert_close(guide(logits, 0.0), plain.log_softmax(-1))
+    # Two steps from the plain distribution through the captioned one.
+    stretched = 2 * captioned.log_softmax(-1) - plain.log_softmax(-1)
+    torch.testing.assert_close(guide(logits, 2.0), stretched)
+
+
+def test_guided_pictures_do_not_depend_on_their_neighbours(prior):
+    config = SamplingConfig(guidance=2.0)
+    together = sample_tokens(prior, TEXT, LENGTHS, config, sample_seeds=[1, 2, 3])
+    assert together.shape == (3, 3, 3)
+    for i in range(3):
+        assert sample_tokens(prior, TEXT[i : i + 1], LENGTHS[i : i + 1], config, sample_seeds=[i + 1]).equal(
+            together[i : i + 1]
+        )
