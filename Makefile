@@ -65,7 +65,8 @@ demo: .venv/.base ## from nothing to pictures on a CPU: made data, both stages, 
 	deepspeed --quiet --num_accelerators 2 launch/train_prior.py --deepspeed_config ds_configs/cpu_zero3.json --preset tiny \
 		--tokenizer $(DEMO)/tokenizer.model --data.train $(DEMO)/tokens/train --data.validation $(DEMO)/tokens/validation \
 		--out $(DEMO)/prior
-	dalle-ds sample --prior $(DEMO)/prior --dvae $(DEMO)/dvae --out $(DEMO)/pictures --temperature 0.5 --guidance 2 "a large red circle in the top left" \
+	dalle-ds sample --prior $(DEMO)/prior --dvae $(DEMO)/dvae --out $(DEMO)/pictures \
+		--temperature 0.5 --guidance 2 "a large red circle in the top left" \
 		"a small blue star in the bottom right" "a green triangle above a yellow square"
 	dalle-ds evaluate --prior $(DEMO)/prior --dvae $(DEMO)/dvae --data $(DEMO)/scenes/held_out \
 		--temperature 0.5 --guidance 2

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from dalle_ds import __version__
 from dalle_ds.commands import COMMANDS
-from dalle_ds.config import InputError
+from dalle_ds.config import FULL_DISK, InputError
 
 BAD_INPUT = 2
 LATER_RANKS_WAIT = 5.0  # seconds
 # What an operating system says when the user must act: a full disk, a quota, no permission.
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 USER_ERRNOS = {*FULL_DISK, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 
 

@@ -6,8 +6,12 @@ ds_configs/*.json and never here. Numbers of the paper are the defaults; section
 """
 
 import dataclasses
+import errno
 from dataclasses import dataclass
 from typing import Any
+
+# What an operating system says of a full disk, or of a quota that is used up.
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class InputError(ValueError):

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dalle_ds.config import InputError, SceneConfig, require
+from dalle_ds.config import FULL_DISK, InputError, SceneConfig, require
 from dalle_ds.flags import add_flags, apply_flags
 
 MAX_WORKERS = 8
@@ -53,7 +53,7 @@ def check_folder(out: Path, overwrite: bool) -> None:
 
 def make_scenes(out: Path, config: SceneConfig) -> None:
     """Writes the data set; until all of it is complete, `out` keeps what it held before."""
-    from dalle_ds.data.writer import FULL_DISK, MAX_SAMPLES_PER_SHARD
+    from dalle_ds.data.writer import MAX_SAMPLES_PER_SHARD
 
     require(config.seed >= 0, f"seed {config.seed} must not be negative")
     require(

@@ -5,7 +5,6 @@ shard. The same samples make the same bytes: no times, no owners.
 """
 
 import contextlib
-import errno
 import io
 import os
 import tarfile
@@ -13,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from dalle_ds.config import InputError, require
+from dalle_ds.config import FULL_DISK, InputError, require
 
 MAX_SAMPLES_PER_SHARD = 10_000  # a key is 5 digits of shard and 4 of index
 PARTIAL = ".{}.tar.partial"
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_shard(folder: str | Path, shard: int, samples: Iterable[Mapping[str, bytes]]) -> Path:

@@ -3,7 +3,6 @@
 checkpoints/step-00000500/ is complete when it holds complete.json, which is written last.
 """
 
-import errno
 import json
 import shutil
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dalle_ds.config import InputError
+from dalle_ds.config import FULL_DISK, InputError
 from dalle_ds.training.engine import Engine, gather_weights
 
 MARKER = "complete.json"
@@ -22,7 +21,6 @@ ENGINE_TAG = "engine"
 FULL_BELOW = 2**20
 # Seconds that a rank whose checkpoint another one has removed leaves to that one to say why; the launcher then ends it.
 OTHERS_SPEAK = 10.0
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, Any], keep: int) -> Path:
