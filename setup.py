@@ -25,9 +25,11 @@ setup(
         "matplotlib",
         "jinja2",
         "scipy",
+        "torchmetrics",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "webdataset"],
+        # What the released DALL-E package imports; itself, with its own pins, it is installed by the Makefile alone.
+        "test": ["pytest", "pytest-xdist", "webdataset", "attrs", "requests"],
         "dev": ["ruff", "mypy"],
         "eval": [],
     },

@@ -7,6 +7,7 @@ ds_configs/*.json and never here. Numbers of the paper are the defaults; section
 
 import dataclasses
 import errno
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class DVAEConfig:
     post_gain: float = described(
         0.0, "constant on each resblock's output; 0 for the paper's 1 / (number of resblocks)^2"
     )
+    pool: str = described("max", "max or average: how the encoder halves the picture (the paper found max better)")
     min_scale: float = described(0.0, "floor on the scale b of the logit-Laplace density; 0 for none, as in the paper")
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class DVAEConfig:
             2 <= self.vocab_size <= 65536,
             f"vocab_size {self.vocab_size} must lie in [2, 65536]: codes are stored as 16-bit integers",
         )
+        require(self.pool in ("max", "average"), f"pool {self.pool!r} must be max or average")
         for name in ("post_gain", "min_scale"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
 
@@ -67,6 +70,10 @@ class DVAEConfig:
     def grid_size(self) -> int:
         """Side of the token grid: three poolings divide the image side by 8."""
         return self.image_size // 8
+
+
+# The fields of DVAEScheduleConfig that are numbers of steps.
+DVAE_STEPS = ("kl_steps", "temperature_steps", "lr_warmup_steps", "lr_steps", "warm_start_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,7 @@ class DVAEScheduleConfig:
         )
         for name in ("lr_start_multiplier", "encoder_lr_multiplier"):
             require(getattr(self, name) > 0, f"{name} {getattr(self, name)} must be positive")
-        for name in ("kl_steps", "temperature_steps", "lr_warmup_steps", "lr_steps", "warm_start_steps"):
+        for name in DVAE_STEPS:
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
 
 
@@ -126,6 +133,14 @@ class PriorConfig:
     n_head: int = described(62, "attention heads")
     head_dim: int = described(64, "width of a head")
     conv_kernel: int = described(11, "side of the convolutional mask of the last layer")
+    conv_wrap: bool = described(
+        True, "the convolutional mask's closing offsets, as the paper's figure has them; false for the plain window"
+    )
+    dropout: float = described(
+        0.0, "dropout at the end of each resblock, as in Sparse Transformers; the paper has none"
+    )
+    sandwich_norm: bool = described(False, "a second layer norm at the end of each resblock (CogView; not the paper's)")
+    pb_relax: bool = described(False, "layer norms that cannot overflow: CogView's precision-bottleneck relaxation")
     text_loss_weight: float = described(1 / 8, "weight of the text loss; the image loss has the rest")
 
     def __post_init__(self) -> None:
@@ -136,6 +151,7 @@ class PriorConfig:
             self.conv_kernel > 0 and self.conv_kernel % 2 == 1,
             f"conv_kernel {self.conv_kernel} must be odd and positive",
         )
+        require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
         require(0 <= self.text_loss_weight <= 1, f"text_loss_weight {self.text_loss_weight} must lie in [0, 1]")
 
     @property
@@ -208,11 +224,41 @@ class LoopConfig:
 class DVAETraining:
     """All of a stage-1 run but what the DeepSpeed JSON holds."""
 
-    flip: bool = described(False, "mirror half of the training pictures (the paper does; captions here may say left)")
+    init_from: str = described("", "run folder of a dVAE, trained or imported, whose weights to start from")
+    flip: bool = described(True, "mirror half of the training pictures, as Listing 1 does; stage 2 never does")
+    stretch: float = described(1.0, "multiplies every number of steps: 0.001 runs the same schedules in a thousandth")
+    averaging: float = described(
+        0.999, "decay of the averaged parameters, which encode, evaluate and export use (Appendix A.2); 0 for none"
+    )
+    checkpoint_activations: bool = described(
+        False, "keep only what enters each resblock and compute the rest again: less memory, a third more time"
+    )
     model: DVAEConfig = nested(DVAEConfig)
     schedule: DVAEScheduleConfig = nested(DVAEScheduleConfig)
     data: DataConfig = nested(DataConfig)
     loop: LoopConfig = nested(LoopConfig)
+
+    def __post_init__(self) -> None:
+        require(0 < self.stretch < math.inf, f"stretch {self.stretch} must be a number above 0; 1 leaves all as it is")
+        require(0 <= self.averaging < 1, f"averaging {self.averaging} must lie in [0, 1); 0 keeps no average")
+
+
+def stretched(config: DVAETraining) -> DVAETraining:
+    """The config with `stretch` at work: every number of steps of the schedules, and of the whole run, times it.
+
+    Rounded to whole steps, at least 1 where there were any; `stretch` itself stays, to tell what was done. How often a
+    run reports and saves is left alone, and so is the decay of the average, which has a warm-up of its own.
+    """
+
+    def stretch(steps: int) -> int:
+        return max(1, round(steps * config.stretch)) if steps else 0
+
+    schedule = {name: stretch(getattr(config.schedule, name)) for name in DVAE_STEPS}
+    return dataclasses.replace(
+        config,
+        schedule=dataclasses.replace(config.schedule, **schedule),
+        loop=dataclasses.replace(config.loop, steps=stretch(config.loop.steps)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +267,9 @@ class PriorTraining:
 
     caption_dropout: float = described(
         0.0, "fraction of training captions left empty, so that sampling can use guidance (the paper has none)"
+    )
+    checkpoint_activations: bool = described(
+        False, "keep only what enters each layer and compute the rest again: less memory, a third more time"
     )
     model: PriorConfig = nested(PriorConfig)
     tokenizer: TokenizerConfig = nested(TokenizerConfig)

@@ -49,6 +49,8 @@ def _tiny() -> Preset:
     data = DataConfig(shuffle_buffer=4_000)
     return Preset(
         dvae=DVAETraining(
+            flip=False,
+            averaging=0.0,
             model=DVAEConfig(
                 image_size=64, n_hid=16, n_blk_per_group=1, n_init=64, vocab_size=512, post_gain=0.25, min_scale=0.3
             ),

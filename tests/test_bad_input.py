@@ -52,7 +52,10 @@ CASES = {
     "train-dvae --deepspeed_config {bad}/stage-x.json": ["stage-x.json", "stage 'x'", "0, 1, 2"],
     "train-prior --deepspeed_config {bad}/micro-x.json": ["micro-x.json", "per_gpu 'x'", "whole number"],
     "train-prior --deepspeed_config {bad}/lr-x.json": ["lr-x.json", "optimizer.params.lr 'fast'", "a number"],
-    "train-dvae --deepspeed_config {zero3}": ["cpu_zero3.json: a warm start needs whole weights", "warm_start_steps 0"],
+    "train-dvae --deepspeed_config {zero3}": [
+        "cpu_zero3.json: a warm start and --init_from need whole",
+        "warm_start_steps 0",
+    ],
     # models that do not belong together
     "train-prior --dvae {chain}/prior": ["prior holds a prior", "give a dvae run"],
     "train-prior --dvae {chain}/other_dvae": [

@@ -10,6 +10,7 @@ from dalle_ds.config import (
     DataConfig,
     DVAEConfig,
     DVAEScheduleConfig,
+    DVAETraining,
     InputError,
     LoopConfig,
     PriorConfig,
@@ -17,6 +18,7 @@ from dalle_ds.config import (
     SamplingConfig,
     SceneConfig,
     TokenizerConfig,
+    stretched,
 )
 
 CONFIGS = [value for value in vars(config).values() if inspect.isclass(value) and dataclasses.is_dataclass(value)]
@@ -32,7 +34,9 @@ BAD = {
         "vocab_size": [1, 65_537],
         "post_gain": [-0.1, NAN],
         "min_scale": [-0.1],
+        "pool": ["mean"],
     },
+    DVAETraining: {"stretch": [0.0, -1.0, NAN, float("inf")], "averaging": [-0.1, 1.0, NAN]},
     DVAEScheduleConfig: {
         "kl_weight": [-1.0, NAN],
         "temperature_start": [0.0],
@@ -125,3 +129,23 @@ def test_the_papers_numbers_are_the_defaults():
     assert (schedule.kl_weight, schedule.temperature_end, schedule.temperature_steps) == (6.6, 1 / 16, 150_000)
     assert (schedule.lr_steps, schedule.lr_final_multiplier) == (1_200_000, 1 / 80)
     assert TokenizerConfig().dropout == 0.1
+
+
+def test_stretching_multiplies_every_number_of_steps_and_nothing_else():
+    config = DVAETraining(
+        stretch=0.001, schedule=DVAEScheduleConfig(lr_warmup_steps=300), loop=LoopConfig(steps=3_000_000, save_every=50)
+    )
+    short = stretched(config)
+    schedule = dataclasses.replace(
+        config.schedule, kl_steps=5, temperature_steps=150, lr_steps=1_200, lr_warmup_steps=1, warm_start_steps=0
+    )
+    assert short == dataclasses.replace(
+        config, schedule=schedule, loop=dataclasses.replace(config.loop, steps=3_000)
+    ), "300 steps become 1, not 0; none stay none"
+    assert stretched(dataclasses.replace(config, stretch=1.0)) == dataclasses.replace(config, stretch=1.0)
+    assert stretched(dataclasses.replace(config, stretch=2.0)).loop.steps == 6_000_000
+
+
+def test_stretching_knows_every_field_that_is_a_number_of_steps():
+    names = {field.name for field in dataclasses.fields(DVAEScheduleConfig) if field.name.endswith("_steps")}
+    assert names == set(config.DVAE_STEPS)

@@ -62,6 +62,17 @@ def test_a_bad_key_is_named_with_its_section_in_one_line(load, change, named):
         assert text in message
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_float32_gradients_in_16_bit_training_need_zero(load, precision):
+    mixed = {**GOOD, precision: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert load(mixed) == mixed
+    for stage in ({}, {"zero_optimization": {"stage": 0}}):
+        rest = {key: value for key, value in mixed.items() if key != "zero_optimization"}
+        with pytest.raises(InputError, match=r"grad_accum_dtype needs ZeRO .* set zero_optimization.stage to 1"):
+            load({**rest, **stage})
+        assert load({**rest, **stage, precision: {"enabled": False}})
+
+
 @pytest.mark.parametrize("missing", ["optimizer", "train_micro_batch_size_per_gpu"])
 def test_what_is_missing_is_named(load, missing):
     with pytest.raises(InputError, match=missing):

@@ -1,15 +1,20 @@
 """The discrete VAE: the published structure at full size, the loss in the paper's own form, codes in and out."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import run_distributed
 
 from dalle_ds.config import DVAEConfig
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.models.likelihood import gumbel_softmax, kl_to_uniform, logit_laplace_log_density, map_pixels
 
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
 TINY = DVAEConfig(image_size=32, n_hid=8, n_blk_per_group=1, n_init=8, vocab_size=16)
 
 
@@ -31,40 +36,6 @@ def seeded(seed=5):
 def full_size():
     with torch.device("meta"):
         return DVAE(DVAEConfig())
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def test_full_size_has_the_published_parameter_counts(full_size):
-    assert count(full_size.encoder) == 53_786_240
-    assert count(full_size.decoder) == 43_829_766
-
-
-def test_full_size_names_and_shapes_follow_the_release(full_size):
-    shapes = {name: tuple(p.shape) for name, p in full_size.named_parameters()}
-    expected = {
-        "encoder.blocks.input.w": (256, 3, 7, 7),
-        "encoder.blocks.group_1.block_1.res_path.conv_1.w": (64, 256, 3, 3),
-        "encoder.blocks.group_2.block_1.id_path.w": (512, 256, 1, 1),
-        "encoder.blocks.group_2.block_1.id_path.b": (512,),
-        "encoder.blocks.group_4.block_2.res_path.conv_4.w": (2048, 512, 1, 1),
-        "encoder.blocks.output.conv.w": (8192, 2048, 1, 1),
-        "decoder.blocks.input.w": (128, 8192, 1, 1),
-        "decoder.blocks.group_1.block_1.res_path.conv_1.w": (512, 128, 1, 1),
-        "decoder.blocks.group_4.block_2.res_path.conv_4.w": (256, 64, 3, 3),
-        "decoder.blocks.output.conv.w": (6, 256, 1, 1),
-    }
-    assert {name: shapes.get(name) for name in expected} == expected
-    # 16 resblocks of 4 convolutions, 7 of which change the width; 4 convolutions outside; a weight and a bias each.
-    assert len(shapes) == 2 * (16 * 4 + 7 + 4)
-    modules = dict(full_size.named_modules())
-    for i in (1, 2, 3):
-        assert f"encoder.blocks.group_{i}.pool" in modules
-        assert f"decoder.blocks.group_{i}.upsample" in modules
-    assert "encoder.blocks.group_4.pool" not in modules
-    assert "encoder.blocks.group_2.block_2.id_path.w" not in shapes
 
 
 def test_full_size_shapes_of_activations(full_size):
@@ -170,15 +141,157 @@ def test_any_size_that_three_poolings_halve_works(image_size):
     assert dvae.decode(dvae.encode(images)).shape == images.shape
 
 
-def test_half_precision_weights_keep_the_relaxation_in_float32():
-    dvae = build_dvae().bfloat16()
+RELAXATION_CONVS = ("encoder.blocks.output.conv", "decoder.blocks.input")
+
+
+def watch(dvae, names):
+    """(module, its input, its output) of each of these modules, as the next forward passes fill them in."""
     seen = {}
-    for name in ("encoder.blocks.output.conv", "decoder.blocks.input"):
-        dvae.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.dtype}))
-    loss = dvae(draw_images(), 1.0, 1.0, generator=seeded())["loss"]
-    assert set(seen.values()) == {torch.float32}
-    assert loss.dtype == torch.float32
-    assert loss.isfinite()
+    for name in names:
+        dvae.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.update({name: (m, i[0], o)}))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["16-bit-weights", "autocast"])
+def test_in_16_bit_the_relaxation_and_all_after_it_stay_in_float32(dtype, autocast):
+    dvae = build_dvae() if autocast else build_dvae().to(dtype)
+    seen = watch(dvae, [*RELAXATION_CONVS, "decoder.blocks.group_4.block_1"])
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        outputs = dvae(draw_images(), 1.0, 1.0, generator=seeded())
+    outputs["loss"].backward()
+    for name in RELAXATION_CONVS:
+        conv, given, made = seen[name]
+        # Also under autocast: whole float32 weights, as in the release.
+        assert made.equal(F.conv2d(given.float(), conv.w.float(), conv.b.float())), name
+    assert seen["decoder.blocks.group_4.block_1"][2].dtype == dtype
+    for name in ("loss", "reconstruction", "kl"):
+        assert outputs[name].dtype == torch.float32
+        assert outputs[name].isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in dvae.parameters())
+
+
+@pytest.mark.parametrize("cuts", [(2, 2), (1, 1, 1, 1), (3, 1)], ids=str)
+def test_the_loss_of_a_batch_is_the_mean_over_any_cut_into_micro_batches(cuts):
+    """Weighted by their sizes where those differ; each picture brings its own noise."""
+    dvae, images = build_dvae(), draw_images(4)
+    names = ("loss", "reconstruction", "kl")
+
+    def run(pictures):
+        outputs = dvae(images[pictures], 0.5, 6.6, [seeded(i) for i in pictures])
+        outputs["loss"].mul(len(pictures) / 4).backward()
+        return torch.stack([outputs[name].detach() for name in names]) * len(pictures) / 4
+
+    whole, gradients = run([0, 1, 2, 3]), [p.grad.clone() for p in dvae.parameters()]
+    dvae.zero_grad()
+    micro_batches = torch.arange(4).split(cuts)
+    # Float32 sums in another order.
+    torch.testing.assert_close(sum(run(m.tolist()) for m in micro_batches), whole, rtol=1e-6, atol=0)
+    for parameter, gradient in zip(dvae.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def run_and_count(dvae, images):
+    """The gradients of a training pass, and the bytes that autograd holds between forward and backward."""
+    held = {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.data_ptr() for parameter in dvae.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = dvae(images, 0.5, 1.0, generator=seeded())["loss"]
+        n_bytes = sum(size for pointer, size in held.items() if pointer not in weights)
+    gradients = torch.autograd.grad(loss, list(dvae.parameters()))
+    return gradients, n_bytes
+
+
+@pytest.mark.parametrize("n_blk_per_group", [1, 3])
+def test_checkpointed_activations_give_the_same_gradients_from_less_memory(n_blk_per_group):
+    config = dataclasses.replace(TINY, n_hid=16, n_blk_per_group=n_blk_per_group)
+    plain, images = build_dvae(config), draw_images(1, config)
+    lean = DVAE(config, checkpoint_activations=True)
+    lean.load_state_dict(plain.state_dict())
+    gradients, n_bytes = run_and_count(plain, images)
+    lean_gradients, lean_bytes = run_and_count(lean, images)
+    for one, other in zip(lean_gradients, gradients, strict=True):
+        assert torch.equal(one, other)
+    # A block keeps one tensor of its width instead of that and three of a quarter; the rest is poolings and the loss.
+    assert lean_bytes < (0.8 if n_blk_per_group == 1 else 0.6) * n_bytes
+    # Evaluation has nothing to save: it runs the same operations once.
+    assert torch.equal(lean.eval().logits(map_pixels(images)), plain.logits(map_pixels(images)))
+
+
+def train_tiny(config, checkpoint_activations, kl_weights):
+    """Losses, loss scales and last weights of some steps under DeepSpeed, the KL weight of each given."""
+    from dalle_ds.training.engine import backward, build_engine
+
+    engine = build_engine(lambda: DVAE(SMALLEST, checkpoint_activations=checkpoint_activations), config, seed=0)
+    images, losses, scales = draw_images(1, SMALLEST), [], []
+    for step, kl_weight in enumerate(kl_weights):
+        loss = engine(images, 1.0, kl_weight, generator=seeded(step))["loss"]
+        backward(engine, loss)
+        engine.step()
+        losses.append(loss.item())
+        scales.append(float(getattr(engine.optimizer, "loss_scale", 1.0)))
+    weights = [p.detach().clone() for p in engine.module.parameters()]
+    engine.destroy()
+    return losses, scales, weights
+
+
+SMALLEST = DVAEConfig(image_size=8, n_hid=4, n_blk_per_group=1, n_init=4, vocab_size=8)
+
+
+def load_ready(name, stage):
+    """A ready DeepSpeed JSON, with one picture a process and this ZeRO stage."""
+    config = json.loads((CONFIGS / name).read_text())
+    del config["train_batch_size"]
+    config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    if stage == 0:
+        config.pop("data_types", None)
+    return config
+
+
+def train_in_every_precision():
+    from dalle_ds.training.distributed import process_group
+
+    # Overflows in half precision at the first step, whatever the weights.
+    kl_weights = [1e9, 1.0, 1.0, 1.0]
+    float32 = {key: value for key, value in load_ready("dvae_fp16.json", 0).items() if key != "fp16"}
+    found = {}
+    with process_group():
+        for stage in (0, 1, 2):
+            config = {**float32, "zero_optimization": {"stage": stage}}
+            found["fp32", stage] = [train_tiny(config, checkpoint, kl_weights) for checkpoint in (False, True)]
+            fp16 = load_ready("dvae_fp16.json", stage)
+            fp16["fp16"]["hysteresis"] = 1
+            found["fp16", stage] = [train_tiny(fp16, True, kl_weights)]
+        for stage in (0, 1, 2):  # last, for DeepSpeed's autocast stays on in its process
+            found["bf16", stage] = [train_tiny(load_ready("dvae_bf16.json", stage), True, kl_weights)]
+    return found
+
+
+@pytest.mark.slow
+def test_the_ready_configurations_train_at_zero_0_to_2_with_checkpointed_activations():
+    found, by_other_rank = run_distributed(train_in_every_precision, 2)
+    reference, _, _ = found["fp32", 0][0]
+    # 10 bits of a half and 7 of a bfloat16, through a net of small weights.
+    bounds = {"fp32": 1e-6, "fp16": 2e-2, "bf16": 5e-2}
+    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
+    for (precision, stage), runs in found.items():
+        for (losses, scales, weights), (_, _, others) in zip(runs, by_other_rank[precision, stage], strict=True):
+            where = (precision, stage)
+            assert losses == [pytest.approx(loss, rel=bounds[precision]) for loss in reference], where
+            assert len(set(losses)) == len(losses), where
+            # One scale for all parameters: halved by the overflow of the first step, and kept by the others.
+            assert scales == [2.0**15 if precision == "fp16" else 1.0] * len(losses), where
+            assert {weight.dtype for weight in weights} == {stored[precision]}, where
+            assert all(map(torch.equal, weights, others)), where
+    for stage in (0, 1, 2):
+        plain, lean = found["fp32", stage]
+        assert plain[0] == lean[0]
+        assert all(map(torch.equal, plain[2], lean[2]))
 
 
 def test_the_constants_that_the_paper_fixes_can_be_set():

@@ -22,6 +22,17 @@ def test_the_papers_cosines_have_their_ends_and_middle(start, end, steps, middle
     assert values == sorted(values, reverse=start > end)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "steps"), [(0.0, 6.6, 5_000), (1.0, 1 / 16, 150_000), (1.0, 1 / 80, 1_200_000)]
+)
+def test_a_schedule_in_a_thousandth_of_the_steps_has_the_same_values_at_a_thousandth_of_the_step(start, end, steps):
+    """To the last digits: the fraction of the way is the same number, whatever it was divided from."""
+    for step in (0, 1_000, 3_000, 5_000, 75_000, 150_000, 600_000, 1_200_000, 3_000_000):
+        assert cosine(step // 1_000, start, end, steps // 1_000) == pytest.approx(
+            cosine(step, start, end, steps), rel=1e-12
+        )
+
+
 def test_cosine_over_no_steps_is_at_its_end_at_once():
     assert cosine(0, 0.0, 6.6, 0) == 6.6
 

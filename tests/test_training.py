@@ -78,8 +78,9 @@ def plain_loop(accumulation=1, multiplier=1.0):
     return losses, model.state_dict()
 
 
-def run_training(engine, run, *, start=0, steps=STEPS, actions=(), poisoned=None, log_every=1):
+def run_training(engine, run, *, average=None, start=0, steps=STEPS, actions=(), poisoned=None, log_every=1):
     """Trains as a command does; `poisoned` is a (rank, step) whose loss is not a number."""
+    from dalle_ds.training.averaging import ParameterAverage
     from dalle_ds.training.loop import train
     from dalle_ds.training.metrics import MetricsLog
 
@@ -95,6 +96,7 @@ def run_training(engine, run, *, start=0, steps=STEPS, actions=(), poisoned=None
         engine,
         step,
         iter(lambda: {}, None),
+        average or ParameterAverage(engine, decay=0.0),
         start=start,
         steps=steps,
         learning_rate=rate,
@@ -175,6 +177,7 @@ def test_every_zero_stage_equals_a_plain_loop_on_any_number_of_ranks(tmp_path, w
 
 def stop_and_resume(folder, stage):
     from dalle_ds.config import InputError
+    from dalle_ds.training.averaging import ParameterAverage
     from dalle_ds.training.checkpoint import MARKER, complete_checkpoints, load_checkpoint, save_checkpoint
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.engine import build_engine
@@ -182,13 +185,14 @@ def stop_and_resume(folder, stage):
     run = Path(folder)
     with process_group() as ranks:
         engine = build_engine(Tiny, ds_config(ranks.world_size, stage), SEED)
-        save = (1, lambda step: save_checkpoint(engine, run, step, {"rank": ranks.rank, "step": step}, keep=2))
+        off = ParameterAverage(engine, decay=0.0)
+        save = (1, lambda step: save_checkpoint(engine, run, step, {"rank": ranks.rank, "step": step}, 2, off))
         run_training(engine, run, steps=3, actions=[save])
         kept = [path.name for path in complete_checkpoints(run)]
         engine.destroy()
         # Another seed: what equals the first run afterwards came from the checkpoint.
         other = build_engine(Tiny, ds_config(ranks.world_size, stage), SEED + 1)
-        start, state = load_checkpoint(other, complete_checkpoints(run)[-1])
+        start, state = load_checkpoint(other, complete_checkpoints(run)[-1], off)
         run_training(other, run, start=start)
         weights = weights_of(other)
         marker = complete_checkpoints(run)[-1] / MARKER
@@ -198,7 +202,7 @@ def stop_and_resume(folder, stage):
             marker.write_text(json.dumps({**content, "world_size": 64}))
         torch.distributed.barrier()
         with pytest.raises(InputError, match="written by 64 processes and this run has 2"):
-            load_checkpoint(other, marker.parent)
+            load_checkpoint(other, marker.parent, off)
         other.destroy()
     return kept, start, state, content, weights
 
@@ -253,6 +257,7 @@ def save_onto_bad_disks(folder):
     import safetensors.torch
 
     from dalle_ds.training import checkpoint
+    from dalle_ds.training.averaging import ParameterAverage
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.engine import build_engine
 
@@ -273,8 +278,9 @@ def save_onto_bad_disks(folder):
     outcomes = []
     with process_group():
         engine = build_engine(Tiny, ds_config(1), SEED)
+        off = ParameterAverage(engine, decay=0.0)
         safetensors.torch.save_file = watched_save
-        checkpoint.save_checkpoint(engine, run, 1, {}, keep=1)
+        checkpoint.save_checkpoint(engine, run, 1, {}, 1, off)
         # A full disk as Python says it, as torch and safetensors say it, and an error that is no full disk.
         cases = [
             (OSError(28, "No space left on device"), None),
@@ -285,7 +291,7 @@ def save_onto_bad_disks(folder):
             safetensors.torch.save_file = failing_save(error)
             shutil.disk_usage = real_usage if free is None else lambda path: shutil._ntuple_diskusage(9, 9, 0)
             try:
-                checkpoint.save_checkpoint(engine, run, step, {}, keep=1)
+                checkpoint.save_checkpoint(engine, run, step, {}, 1, off)
                 outcomes.append(None)
             except Exception as raised:
                 outcomes.append((type(raised).__name__, str(raised)))

@@ -57,6 +57,20 @@ def test_a_checkpoint_folder_gives_its_own_weights_and_the_run_folder_the_newest
         assert fingerprint(run, "dvae") != fingerprint(folder, "dvae")
 
 
+def test_averaged_parameters_are_taken_where_there_are_some_unless_the_last_ones_are_asked_for(run):
+    folder = run / "checkpoints/step-00000010"
+    last = fingerprint(run, "dvae")
+    averaged = DVAE(DVAE_CONFIG).state_dict()
+    save_file(averaged, folder / "averaged.safetensors")
+    assert find_weights(run, "dvae")[0].name == "averaged.safetensors"
+    assert fingerprint(run, "dvae") != last
+    assert fingerprint(run, "dvae", averaged=False) == last
+    assert find_weights(run / "checkpoints/step-00000005", "dvae")[0].name == "model.safetensors"
+    for model, expected in [(load_dvae(run), averaged), (load_dvae(run, averaged=False), weights_of(folder))]:
+        for name, tensor in expected.items():
+            assert model.state_dict()[name].equal(tensor), name
+
+
 def test_a_checkpoint_without_its_marker_is_passed_over(run):
     (run / "checkpoints/step-00000010/complete.json").unlink()
     assert find_weights(run, "dvae")[0].parent.name == "step-00000005"

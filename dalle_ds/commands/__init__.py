@@ -6,9 +6,12 @@ COMMANDS = {
     "make-scenes": "make a data set of captioned pictures, with a list of held-out combinations",
     "train-tokenizer": "train the caption tokenizer (byte-pair encoding)",
     "train-dvae": "stage 1: train the discrete VAE that turns pictures into tokens",
+    "import-dvae": "make a run folder out of the released dVAE weights, or of exported ones",
+    "export-dvae": "write a dVAE as state dicts that the released classes load",
     "encode-images": "turn pictures into token shards with a trained dVAE",
+    "reconstruct": "send pictures through a trained dVAE, and show them side by side",
     "train-prior": "stage 2: train the transformer over text and image tokens",
     "sample": "draw pictures for captions",
-    "evaluate": "measure how well pictures match their captions",
+    "evaluate": "measure how well pictures match their captions, or what a dVAE keeps of them",
     "report": "write one HTML page of a run",
 }

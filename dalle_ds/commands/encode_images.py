@@ -12,7 +12,7 @@ from dalle_ds.config import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dvae", required=True, help="run folder of `dalle-ds train-dvae`")
+    parser.add_argument("--dvae", required=True, help="run folder of `dalle-ds train-dvae` or `import-dvae`")
     parser.add_argument("--data", required=True, help="captioned pictures: a folder, or shards (train-{000..009}.tar)")
     parser.add_argument("--out", required=True, help="folder of token shards to write")
     parser.add_argument("--batch_size", type=int, default=100, help="pictures encoded at once (default: 100)")
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from dalle_ds.data.sources import open_source
     from dalle_ds.data.token_shards import MANIFEST, TokenManifest, encode_codes, write_manifest
     from dalle_ds.data.writer import ShardWriter
+    from dalle_ds.models.code_check import CodeCheck
     from dalle_ds.models.weights import fingerprint, load_dvae
 
     out = Path(args.out)
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     log = SkipLog(out / "skipped.jsonl")
     decode = picture_decode(dvae.config.image_size, augment=False)
     reader = Reader(source, decode, args.batch_size, epochs=1, drop_last=False, log=log)
+    check, counts = CodeCheck(), torch.zeros(dvae.config.vocab_size, dtype=torch.int64)
     with ShardWriter(out, args.samples_per_shard, overwrite=args.overwrite) as writer, Progress() as progress, reader:
         # Shards without a manifest are no token shards: not until all are written.
         (out / MANIFEST).unlink(missing_ok=True)
@@ -51,8 +53,10 @@ def run(args: argparse.Namespace) -> None:
         for batch in reader:
             images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).to(device)
             codes = dvae.encode(images).cpu()
-            if writer.n_sample == 0:
-                check_not_degenerate(codes)
+            check.see(images, codes)
+            if writer.n_sample == 0 and not check.conclusive:
+                print(f"warning: {args.data} begins with pictures much alike: codes are checked later", flush=True)
+            counts += torch.bincount(codes.flatten(), minlength=len(counts))
             for i, caption in enumerate(batch["caption"]):
                 sample = {"npy": encode_codes(codes[i].numpy()), "txt": caption.encode()}
                 if batch["truth"][i] is not None:
@@ -69,16 +73,7 @@ def run(args: argparse.Namespace) -> None:
     write_manifest(out, manifest)
     if log.n_skipped:
         print(f"warning: {log.summary()}", flush=True)
-    print(f"{out}: {writer.n_sample:,} samples of {manifest.grid_size} x {manifest.grid_size} tokens", flush=True)
-
-
-def check_not_degenerate(codes: object) -> None:
-    """Raises InputError when all pictures of the first batch [B, g, g] got one and the same token."""
-    import torch
-
-    assert isinstance(codes, torch.Tensor)
-    if codes.numel() > 1 and bool((codes == codes.flatten()[0]).all()):
-        raise InputError(
-            f"every cell of the first {len(codes)} pictures got token {int(codes.flatten()[0])}: the dVAE tells "
-            "nothing apart; look at its reconstructions (samples/ in its run folder) and train it longer"
-        )
+    used = f"{int((counts > 0).sum()):,} of {len(counts):,} tokens used"
+    print(
+        f"{out}: {writer.n_sample:,} samples of {manifest.grid_size} x {manifest.grid_size} tokens, {used}", flush=True
+    )

@@ -3,7 +3,9 @@
     deepspeed launch/train_dvae.py --deepspeed_config ds_configs/cpu_dvae.json --preset tiny \\
         --data.train data/scenes/train --data.validation data/scenes/validation --out runs/dvae
 
-The same script runs as one process with plain `python`. `--resume auto` goes on with the run in --out.
+The same script runs as one process with plain `python`. `--resume auto` goes on with the run in --out. A run of the
+paper's schedules in a thousandth of its steps: --preset 1.3b --stretch 0.001. Precision, ZeRO stage (0, 1, 2) and batch
+are in the DeepSpeed JSON.
 """
 
 import argparse
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from dalle_ds.training.session import Stage
 
 N_SHOWN, N_CODEBOOK = 16, 512
+N_COLOURS = 3
 WARM_START = "warm_start"
 WARM_START_FINAL_LR = 0.1
 SHARDED_WEIGHTS = 3
@@ -37,26 +40,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dalle_ds.config import require
+    from dalle_ds.config import require, stretched
     from dalle_ds.training.deepspeed_config import load_deepspeed_config, zero_stage
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.run import open_run
     from dalle_ds.training.session import train_stage
 
-    config = apply_flags(find_preset(args.preset).dvae, args)
+    config = stretched(apply_flags(find_preset(args.preset).dvae, args))
     require(bool(config.data.train), "--data.train is missing: name a folder of pictures or shards")
+    if config.init_from:
+        config = start_from(config)
+    whole = zero_stage(load_deepspeed_config(args.deepspeed_config)) < SHARDED_WEIGHTS
+    require(
+        whole or not (config.schedule.warm_start_steps or config.init_from),
+        f"{args.deepspeed_config}: a warm start and --init_from need whole weights: use ZeRO stage 0, 1 or 2, "
+        "or --schedule.warm_start_steps 0",
+    )
     out = Path(args.out)
     stage_arguments: dict[str, Any] = {"resume": args.resume, "deepspeed_config": args.deepspeed_config}
     with process_group() as ranks:
         if config.schedule.warm_start_steps and open_run(out, args.resume) is None:
-            require(
-                zero_stage(load_deepspeed_config(args.deepspeed_config)) < SHARDED_WEIGHTS,
-                f"{args.deepspeed_config}: a warm start needs whole weights: use ZeRO stage 0, 1 or 2, "
-                "or --schedule.warm_start_steps 0",
-            )
             stage = make_warm_start(config, ranks, out)
             train_stage(stage, ranks, out=out / WARM_START, **stage_arguments)
         train_stage(make_stage(config, ranks, out), ranks, out=out, **stage_arguments)
+
+
+def start_from(config: "DVAETraining") -> "DVAETraining":
+    """The config without a warm start, when the dVAE of `init_from` is of the same model; else InputError."""
+    from dataclasses import asdict, replace
+
+    from dalle_ds.config import require
+    from dalle_ds.models.weights import load_dvae
+
+    given, wanted = asdict(load_dvae(config.init_from).config), asdict(config.model)
+    differing = [f"--model.{key} {value}" for key, value in given.items() if wanted[key] != value]
+    require(not differing, f"--init_from {config.init_from} is another model: pass {' '.join(differing)}")
+    return replace(config, schedule=replace(config.schedule, warm_start_steps=0))
 
 
 def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Stage":
@@ -67,7 +86,7 @@ def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Sta
 
     steps = config.schedule.warm_start_steps
     loop = replace(config.loop, steps=steps, evaluate_every=0, sample_every=0)
-    stage = make_stage(replace(config, loop=loop), ranks, out, warm=True)
+    stage = make_stage(replace(config, loop=loop, averaging=0.0), ranks, out, warm=True)
     return replace(
         stage,
         kind="dvae-warm-start",
@@ -80,10 +99,12 @@ def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Sta
 
 def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: bool = False) -> "Stage":
     """The dVAE with its data, loss and schedules, for the training session; `warm` leaves the relaxation out."""
+    import functools
+
     import torch
 
     from dalle_ds.data.images import picture_decode
-    from dalle_ds.data.pipeline import Reader
+    from dalle_ds.data.pipeline import Reader, training_reader
     from dalle_ds.data.skips import SkipLog
     from dalle_ds.data.sources import open_source
     from dalle_ds.models.codebook import make_codebook
@@ -95,12 +116,10 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     from dalle_ds.training.session import Stage
 
     schedule, data, size = config.schedule, config.data, config.model.image_size
+    values_per_cell = N_COLOURS * (size // config.model.grid_size) ** 2
     places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train_source = open_source(data.train)
     validation_source = open_source(data.validation) if data.validation else None
-
-    def images_of(batch: dict[str, Any]) -> "Tensor":
-        return torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)  # uint8 [B, 3, S, S], channels last in memory
 
     def scalars(step: int) -> dict[str, float]:
         return {
@@ -110,43 +129,26 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
             "kl_weight": cosine(step, schedule.kl_weight_start, schedule.kl_weight, schedule.kl_steps),
         }
 
-    def losses(engine: Any, images: "Tensor", step: int, seed: int) -> dict[str, "Tensor"]:
-        generator = torch.Generator(ranks.device).manual_seed(seed)
-        relaxation = {"temperature": None} if warm else {**scalars(step), "generator": generator}
-        return engine(images.to(ranks.device), **relaxation)  # type: ignore[no-any-return]
-
-    def open_reader(micro_batch_size: int) -> Reader:
-        return Reader(
-            train_source,
-            picture_decode(size, augment=True, flip=config.flip),
-            micro_batch_size,
-            **places,
-            seed=config.loop.seed,
-            shuffle_buffer=data.shuffle_buffer,
-            n_worker=data.n_worker,
-            log=SkipLog(out / "skipped.jsonl"),
-        )
-
-    def open_validation(micro_batch_size: int) -> Reader:
-        assert validation_source is not None
-        return Reader(validation_source, picture_decode(size, augment=False), micro_batch_size, **places)
+    def losses(engine: Any, images: "Tensor", step: int, seeds: list[int]) -> dict[str, "Tensor"]:
+        generators = [torch.Generator(ranks.device).manual_seed(seed) for seed in seeds]
+        relaxation = {"temperature": None} if warm else {**scalars(step), "generator": generators}
+        outputs: dict[str, Tensor] = engine(images.to(ranks.device), **relaxation)
+        return {**outputs, "kl_per_cell": outputs["kl"] * values_per_cell}  # nats; at most ln vocab_size
 
     def build_model() -> "nn.Module":
-        if warm or not schedule.warm_start_steps or complete_checkpoints(out):
-            return DVAE(config.model)
-        model = load_dvae(out / WARM_START, kind="dvae-warm-start").train()
-        make_codebook(model, fixed_images(train_source, N_CODEBOOK), config.loop.seed)
+        model = DVAE(config.model, checkpoint_activations=config.checkpoint_activations)
+        if config.init_from and not complete_checkpoints(out):
+            model.load_state_dict(load_dvae(config.init_from).state_dict())
+        elif not warm and schedule.warm_start_steps and not complete_checkpoints(out):
+            model.load_state_dict(load_dvae(out / WARM_START, kind="dvae-warm-start").state_dict())
+            make_codebook(model, first_images(train_source, size, N_CODEBOOK), config.loop.seed)
         return model
-
-    def fixed_images(source: "Source", n: int) -> "Tensor":
-        """The first n pictures, the same on every rank."""
-        return images_of(next(Reader(source, picture_decode(size, augment=False), n)))
 
     def make_step(engine: Any) -> Any:
         def step(batch: dict[str, Any], index: int, micro_step: int) -> dict[str, "Tensor"]:
-            # A pure function of where the run is, so that a resumed run draws the same noise.
-            seed = abs(hash((config.loop.seed, index, micro_step, ranks.rank)))
-            outputs = losses(engine, images_of(batch), index, seed)
+            images = images_of(batch)
+            place = ranks.rank * engine.gradient_accumulation_steps() + micro_step
+            outputs = losses(engine, images, index, noise_seeds(config.loop.seed, index, place, len(images)))
             return {name: value for name, value in outputs.items() if name != "codes"}
 
         return step
@@ -154,7 +156,9 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     def validate(engine: Any, batches: "Iterator[dict[str, Any]]", n_batches: int, step: int) -> dict[str, float]:
         figures, counts = [], torch.zeros(config.model.vocab_size, device=ranks.device)
         for i in range(n_batches):
-            outputs = losses(engine, images_of(next(batches)), step, abs(hash((config.loop.seed, i, ranks.rank))))
+            images = images_of(next(batches))
+            place = ranks.rank * n_batches + i
+            outputs = losses(engine, images, step, noise_seeds(config.loop.seed, 0, place, len(images)))
             counts += torch.bincount(outputs.pop("codes").flatten(), minlength=len(counts))
             figures.append(outputs)
         return {**mean_over_ranks(figures), **codebook_use(counts)}
@@ -162,7 +166,7 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     def sample(model: "nn.Module", path: "Path | None") -> None:
         from dalle_ds.reporting.grid import pairs_grid
 
-        images = fixed_images(validation_source or train_source, N_SHOWN).to(ranks.device)
+        images = first_images(validation_source or train_source, size, N_SHOWN).to(ranks.device)
         decoded = model.decode(model.encode(images))  # type: ignore[operator]
         if path is None:
             return
@@ -173,8 +177,17 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
         kind="dvae",
         config=config,
         build_model=build_model,
-        open_reader=open_reader,
-        open_validation=open_validation if validation_source else None,
+        open_reader=training_reader(
+            train_source,
+            picture_decode(size, augment=True, flip=config.flip),
+            data,
+            seed=config.loop.seed,
+            log=SkipLog(out / "skipped.jsonl"),
+            **places,
+        ),
+        open_validation=functools.partial(Reader, validation_source, picture_decode(size, augment=False), **places)
+        if validation_source
+        else None,
         step=make_step,
         validate=validate,
         sample=sample,
@@ -190,15 +203,41 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
         scalars=scalars,
         lr_multiplier=lambda name: schedule.encoder_lr_multiplier if name.startswith("encoder.") else 1.0,
         facts={},
+        averaging=config.averaging,
     )
+
+
+def images_of(batch: dict[str, Any]) -> "Tensor":
+    """The pictures of a batch, uint8 [B, 3, S, S], channels last in memory."""
+    import torch
+
+    return torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
+
+
+def first_images(source: "Source", size: int, n: int) -> "Tensor":
+    """The first n pictures, the same on every rank."""
+    from dalle_ds.data.images import picture_decode
+    from dalle_ds.data.pipeline import Reader
+
+    return images_of(next(Reader(source, picture_decode(size, augment=False), n)))
+
+
+def noise_seeds(seed: int, step: int, micro_batch: int, n: int) -> list[int]:
+    """Seeds of the relaxation's noise, one for each of the n pictures of the micro-batch of that number in the step.
+
+    They depend on where in the run and in the whole batch a picture is, so that a resumed run draws the same noise, and
+    so does one that cuts its batch into other micro-batches or ranks. (Which pictures a rank reads depends on how many
+    ranks there are.)
+    """
+    return [abs(hash((seed, step, micro_batch * n + i))) for i in range(n)]
 
 
 def codebook_use(counts: "Tensor") -> dict[str, float]:
     """Fraction of tokens used and perplexity of their distribution, from counts [vocab_size] summed over all ranks."""
-    import torch
     import torch.distributed as dist
 
+    from dalle_ds.evaluation.reconstruction import codebook_figures
+
     dist.all_reduce(counts)
-    probability = counts / counts.sum()
-    entropy = -torch.special.xlogy(probability, probability).sum()
-    return {"codebook_use": float((counts > 0).float().mean()), "codebook_perplexity": float(entropy.exp())}
+    figures = codebook_figures(counts)
+    return {"codebook_use": figures["codebook use"], "codebook_perplexity": figures["codebook perplexity"]}

@@ -4,6 +4,7 @@ A pipeline of generators, each from iterator to iterator (the shape of webdatase
 -> batch. Every sample carries its place (epoch, position), so the place of the last sample delivered is all the state.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dalle_ds.config import InputError, require
+from dalle_ds.config import DataConfig, InputError, require
 from dalle_ds.data.skips import BadSample, SkipLog
 from dalle_ds.data.sources import Sample, Source
 
@@ -134,6 +135,23 @@ class Reader:
             return placed._replace(sample=self.decode(placed.sample, rng))
         except BadSample as error:
             return placed._replace(bad=str(error))
+
+
+def training_reader(
+    source: Source, decode: Decode, data: DataConfig, *, rank: int, world_size: int, seed: int, log: SkipLog
+) -> Callable[[int], Reader]:
+    """Micro-batch size -> a reader without end, shuffled and decoded as `data` says."""
+    return functools.partial(
+        Reader,
+        source,
+        decode,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        shuffle_buffer=data.shuffle_buffer,
+        n_worker=data.n_worker,
+        log=log,
+    )
 
 
 def order_samples(

@@ -1,1 +1,1 @@
-"""How well pictures match their captions."""
+"""How well pictures match their captions, and what a dVAE keeps of them."""

@@ -14,23 +14,29 @@ from dalle_ds.models.prior import Prior
 
 Model = TypeVar("Model", bound=nn.Module)
 
+WEIGHTS, AVERAGED = "model.safetensors", "averaged.safetensors"
 
-def load_dvae(path: str | Path, kind: str = "dvae") -> DVAE:
-    """The dVAE of a run folder, of its newest complete checkpoint; in evaluation mode, float32, on the CPU."""
-    weights, description = find_weights(path, kind)
+
+def load_dvae(path: str | Path, kind: str = "dvae", *, averaged: bool = True) -> DVAE:
+    """The dVAE of a run folder, of its newest complete checkpoint; in evaluation mode, float32, on the CPU.
+
+    Its averaged parameters, where training has kept some; the last ones when not `averaged`.
+    """
+    weights, description = find_weights(path, kind, averaged=averaged)
     return _fill(DVAE(from_dict(DVAEConfig, description["config"]["model"], str(path))), weights)
 
 
-def load_prior(path: str | Path) -> Prior:
-    """The prior of a run folder, of its newest complete checkpoint; in evaluation mode, float32, on the CPU."""
-    weights, description = find_weights(path, "prior")
+def load_prior(path: str | Path, *, averaged: bool = True) -> Prior:
+    """The prior of a run folder, as `load_dvae` loads a dVAE."""
+    weights, description = find_weights(path, "prior", averaged=averaged)
     return _fill(Prior(from_dict(PriorConfig, description["config"]["model"], str(path))), weights)
 
 
-def find_weights(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
+def find_weights(path: str | Path, kind: str, *, averaged: bool = True) -> tuple[Path, dict[str, Any]]:
     """(safetensors file, content of config.json) of the run folder or checkpoint folder `path`.
 
-    Raises InputError when there is no run, no complete checkpoint, or a model of another kind.
+    The file is that of the averaged parameters where there are some and `averaged` asks for them. Raises InputError
+    when there is no run, no complete checkpoint, or a model of another kind.
     """
     folder = Path(path)
     run = folder.parent.parent if (folder / "complete.json").exists() else folder
@@ -43,7 +49,8 @@ def find_weights(path: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     if not checkpoints:
         raise InputError(f"{path} has no complete checkpoint yet; let `dalle-ds train-{kind}` reach its first save")
     chosen = folder if run is not folder else checkpoints[-1].parent
-    return chosen / "model.safetensors", description
+    has_average = averaged and (chosen / AVERAGED).exists()
+    return chosen / (AVERAGED if has_average else WEIGHTS), description
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -56,9 +63,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def fingerprint(path: str | Path, kind: str) -> str:
-    """SHA-256 of the weights file: what token shards remember of the dVAE that made them."""
-    weights, _ = find_weights(path, kind)
+def fingerprint(path: str | Path, kind: str, *, averaged: bool = True) -> str:
+    """SHA-256 of the file that is loaded: what token shards remember of the dVAE that made them."""
+    weights, _ = find_weights(path, kind, averaged=averaged)
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 

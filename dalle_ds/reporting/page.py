@@ -56,6 +56,8 @@ class ShownRun:
     newest: ShownGrid | None
     earlier: list[ShownGrid]
     panels: dict[str, list[Panel]]
+    figures: list[tuple[Figure, str]]  # each with its 95% interval, if it has one
+    evaluation_grids: list[ShownGrid]
 
 
 def write_report(run: RunFolder, dvae: RunFolder | None, out: Path) -> None:
@@ -90,7 +92,6 @@ def render(run: RunFolder, dvae: RunFolder | None) -> str:
         run=shown_run(run),
         dvae=shown_run(dvae) if dvae else None,
         headlines=run.figures[:MAX_HEADLINES],
-        figures=[(figure, interval(figure)) for figure in run.figures],
         examples=shown_examples(run),
         n_examples=len(run.examples),
         settings=settings(run.config),
@@ -103,7 +104,15 @@ def render(run: RunFolder, dvae: RunFolder | None) -> str:
 def shown_run(run: RunFolder) -> ShownRun:
     """Cards, grids and plots of one run."""
     newest, earlier = shown_grids(run)
-    return ShownRun(folder=run, cards=cards(run), newest=newest, earlier=earlier, panels=panels(run))
+    return ShownRun(
+        folder=run,
+        cards=cards(run),
+        newest=newest,
+        earlier=earlier,
+        panels=panels(run),
+        figures=[(figure, interval(figure)) for figure in run.figures],
+        evaluation_grids=[shown for grid in run.evaluation_grids if (shown := _shown_grid(grid))],
+    )
 
 
 def cards(run: RunFolder) -> list[tuple[str, str, str]]:
@@ -141,7 +150,7 @@ def shown_grids(run: RunFolder) -> tuple[ShownGrid | None, list[ShownGrid]]:
 
 def _shown_grid(grid: Grid) -> ShownGrid | None:
     uri = picture_uri(grid.path)
-    title = f"step {grid.step:,}" if grid.step is not None else grid.path.stem
+    title = grid.title or (f"step {grid.step:,}" if grid.step is not None else grid.path.stem)
     return ShownGrid(title=title, uri=uri, captions=grid.captions) if uri else None
 
 
@@ -275,6 +284,7 @@ PANELS = {
     "loss": ("loss", "Loss", "what training minimises"),
     "reconstruction": ("parts", "Reconstruction", "how well the picture comes back; lower is better"),
     "kl": ("parts", "KL divergence", "of the codes from the uniform prior, unweighted"),
+    "kl_per_cell": ("parts", "KL a cell", "nats; at most ln of the number of tokens"),
     "image_loss": ("parts", "Image token loss", "nats a token"),
     "text_loss": ("parts", "Text token loss", "nats a token"),
     "gradient_norm": ("parts", "Gradient norm", "before clipping"),

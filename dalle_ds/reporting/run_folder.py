@@ -17,16 +17,18 @@ from dalle_ds.config import InputError
 KINDS = ("dvae", "prior")
 STEP_NAME = re.compile(r"step-(\d+)$")
 SAFETENSORS_LENGTH_BYTES = 8
+BOUND_TERMS = ("reconstruction_bits", "kl_bits", "elbo_bits", "bytes_bits", "kl_nats_per_cell")
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes: the format's own bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A picture grid of RUN/samples; `step` is None for one that was not drawn while training."""
+    """A picture grid of the run; `step` is None for one that was not drawn while training."""
 
     path: Path
     step: int | None
     captions: list[str]
+    title: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class RunFolder:
     has_evaluation: bool
     figures: list[Figure]
     examples: list[Example]
+    bounds: list[dict[str, Any]]  # of a dVAE: a row of terms for each decoder, as evaluation/reconstruction.py says
+    evaluation_grids: list[Grid]
     n_parameters: int | None
 
     def curve(self, name: str, kind: str = "train") -> tuple[list[float], list[float]]:
@@ -123,6 +127,12 @@ def read_run_folder(path: Path, kind: str | None = None) -> RunFolder:
         has_evaluation=evaluation is not None,
         figures=_read_figures(evaluation or {}),
         examples=_read_examples(evaluation or {}, path),
+        bounds=_read_bounds(evaluation or {}),
+        evaluation_grids=[
+            Grid(path=path / str(grid["file"]), step=None, captions=[], title=str(grid.get("title", "")))
+            for grid in _list_of_objects((evaluation or {}).get("grids"))
+            if "file" in grid
+        ],
         n_parameters=_count_parameters(path, about),
     )
 
@@ -217,6 +227,11 @@ def _read_examples(evaluation: dict[str, Any], run: Path) -> list[Example]:
         for example in _list_of_objects(evaluation.get("examples"))
         if "file" in example
     ]
+
+
+def _read_bounds(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = _list_of_objects(evaluation.get("bounds"))
+    return [row for row in rows if "decoder" in row and all(_is_number(row.get(term)) for term in BOUND_TERMS)]
 
 
 def _list_of_objects(value: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: DeepSpeed's shards, the whole weights as safetensors, each rank's own state, and a marker.
+"""Checkpoints of a run: DeepSpeed's shards, the whole weights and their average, each rank's own state, and a marker.
 
 checkpoints/step-00000500/ is complete when it holds complete.json, which is written last.
 """
@@ -12,10 +12,12 @@ from typing import Any
 import torch.distributed as dist
 
 from dalle_ds.config import FULL_DISK, InputError
+from dalle_ds.training.averaging import ParameterAverage
 from dalle_ds.training.engine import Engine, gather_weights
 
 MARKER = "complete.json"
 WEIGHTS = "model.safetensors"
+AVERAGED = "averaged.safetensors"
 ENGINE_TAG = "engine"
 # Free bytes under which a failed write is put down to a full disk: what is left is less than a file's next block.
 FULL_BELOW = 2**20
@@ -23,7 +25,9 @@ FULL_BELOW = 2**20
 OTHERS_SPEAK = 10.0
 
 
-def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    engine: Engine, run: Path, step: int, rank_state: dict[str, Any], keep: int, average: ParameterAverage
+) -> Path:
     """Writes checkpoint `step` of the run with this rank's `rank_state`, then drops all but the newest `keep`.
 
     When writing fails nothing half-written stays; a full disk is an InputError.
@@ -34,7 +38,7 @@ def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, 
         folder.mkdir(parents=True)
     dist.barrier()
     try:
-        _write(engine, folder, step, rank_state)
+        _write(engine, folder, step, rank_state, average)
     except BaseException as error:
         others_fault = isinstance(error, Exception) and not folder.exists()
         full = getattr(error, "errno", None) in FULL_DISK
@@ -59,7 +63,7 @@ def save_checkpoint(engine: Engine, run: Path, step: int, rank_state: dict[str, 
     return folder
 
 
-def _write(engine: Engine, folder: Path, step: int, rank_state: dict[str, Any]) -> None:
+def _write(engine: Engine, folder: Path, step: int, rank_state: dict[str, Any], average: ParameterAverage) -> None:
     """The files of a checkpoint, the marker last, when every rank has written its own."""
     from safetensors.torch import save_file
 
@@ -68,13 +72,15 @@ def _write(engine: Engine, folder: Path, step: int, rank_state: dict[str, Any]) 
     weights = gather_weights(engine)
     if dist.get_rank() == 0:
         save_file(weights, folder / WEIGHTS)
+    del weights
+    average.save(folder / AVERAGED)
     dist.barrier()
     if dist.get_rank() == 0:
         (folder / MARKER).write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
 
 
-def load_checkpoint(engine: Engine, folder: Path) -> tuple[int, dict[str, Any]]:
-    """Restores the engine from a complete checkpoint; returns its step and this rank's state."""
+def load_checkpoint(engine: Engine, folder: Path, average: ParameterAverage) -> tuple[int, dict[str, Any]]:
+    """Restores engine and average from a complete checkpoint; returns its step and this rank's state."""
     marker = json.loads((folder / MARKER).read_text())
     if marker["world_size"] != dist.get_world_size():
         raise InputError(
@@ -82,6 +88,7 @@ def load_checkpoint(engine: Engine, folder: Path) -> tuple[int, dict[str, Any]]:
             f"start {marker['world_size']} processes, or choose a new --out"
         )
     engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+    average.load(folder / AVERAGED)
     state = json.loads((folder / f"rank-{dist.get_rank():05d}.json").read_text())
     return marker["step"], state
 

@@ -56,6 +56,12 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
         aliases = {field.alias for field in model.model_fields.values() if field.alias}
         _refuse_unknown(config.get(section, {}), set(model.model_fields) | aliases, f"{path}: section {section!r}")
         _refuse_wrong_kinds(config.get(section, {}), model, f"{path}: {section}")
+    autocast = config.get("torch_autocast", {})
+    require(
+        not autocast.get("enabled") or autocast.get("dtype") == "bfloat16",
+        f"{path}: torch_autocast in float16 never lowers its loss scale under ZeRO 1 and 2 in DeepSpeed 0.19: "
+        "use the fp16 section, or dtype bfloat16",
+    )
     require("optimizer" in config, f"{path}: section 'optimizer' is missing; it holds type and peak learning rate")
     _check_optimizer(config["optimizer"], f"{path}: optimizer")
     for key in COUNTS:
@@ -65,6 +71,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     require(
         _is_number(clipping) and clipping >= 0, f"{path}: gradient_clipping {clipping!r} must be a number, 0 for none"
     )
+    _check_accumulation_dtype(config, str(path))
     require(
         "train_micro_batch_size_per_gpu" in config or "train_batch_size" in config,
         f"{path}: set train_micro_batch_size_per_gpu or train_batch_size",
@@ -134,6 +141,16 @@ def _check_optimizer(section: dict[str, Any], where: str) -> None:
     if str(name).lower() in ("adam", "adamw"):
         taken = set(inspect.signature(torch.optim.AdamW).parameters) - {"params"}
         _refuse_unknown(params, taken | ADAM_ONLY, f"{where}.params")
+
+
+def _check_accumulation_dtype(config: dict[str, Any], where: str) -> None:
+    """Raises InputError for what DeepSpeed cannot do without ZeRO: 16-bit training with another dtype for gradients."""
+    in_16_bit = any(config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
+    require(
+        not in_16_bit or zero_stage(config) > 0 or "grad_accum_dtype" not in config.get("data_types", {}),
+        f"{where}: data_types.grad_accum_dtype needs ZeRO in 16-bit training: set zero_optimization.stage to 1, "
+        "2 or 3, or leave it out",
+    )
 
 
 def _is_number(value: Any) -> bool:

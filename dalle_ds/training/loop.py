@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_ds.training.engine import Engine, set_learning_rate
+from dalle_ds.training.averaging import ParameterAverage
+from dalle_ds.training.engine import Engine, backward, gradient_norm, set_learning_rate
 from dalle_ds.training.metrics import MetricsLog, TrainingProgress, mean_over_ranks
 
 Batch = dict[str, Any]
@@ -25,6 +26,7 @@ def train(
     engine: Engine,
     step: Step,
     batches: Iterator[Batch],
+    average: ParameterAverage,
     *,
     start: int,
     steps: int,
@@ -49,11 +51,14 @@ def train(
         rate = set_learning_rate(engine, learning_rate(index))
         for micro_step in range(accumulation):
             outputs = step(next(batches), index, micro_step)
-            engine.backward(outputs["loss"])
+            backward(engine, outputs["loss"])
             engine.step()
             window.append({name: value.detach().float() for name, value in outputs.items()})
             now_bad = torch.where(torch.isfinite(window[-1]["loss"]), math.inf, float(index + 1))
             first_bad = torch.minimum(first_bad, now_bad)
+        # In fp16 a step whose gradients overflow is skipped.
+        if engine.was_step_applied():
+            average.update()
         done = index + 1
         due = [action for every, action in actions if done == steps or (every and done % every == 0)]
         if done % log_every == 0 or done == steps or due:
@@ -62,8 +67,9 @@ def train(
             n_images = len(window) // accumulation * engine.train_batch_size()
             rate_of_images = n_images / (time.time() - window_began)
             values = {**means, "learning_rate": rate, **scalars(index), "images_per_second": rate_of_images}
-            if engine.get_global_grad_norm() is not None:
-                values["gradient_norm"] = float(engine.get_global_grad_norm())
+            norm = gradient_norm(engine)
+            if norm is not None:
+                values["gradient_norm"] = norm
             if metrics is not None:
                 metrics.write(done, "train", values)
             if progress is not None:

@@ -29,6 +29,8 @@ def open_run(out: Path, resume: str) -> Path | None:
     checkpoints = complete_checkpoints(out)
     if resume == "none" and (out / "config.json").exists():
         raise InputError(f"{out} already holds a run: pass --resume auto to go on with it, or choose another --out")
+    if checkpoints and "imported" in json.loads((out / "config.json").read_text()):
+        raise InputError(f"{out} holds imported weights and no optimizer: pass --init_from {out} and another --out")
     return checkpoints[-1] if checkpoints else None
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dalle_ds.config import LoopConfig
+from dalle_ds.training.averaging import ParameterAverage
 from dalle_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle_ds.training.deepspeed_config import batch_sizes, load_deepspeed_config
 from dalle_ds.training.distributed import Ranks
@@ -56,6 +57,8 @@ class Stage:
     """parameter name -> multiple of the learning rate"""
     facts: dict[str, Any]
     """further entries of config.json"""
+    averaging: float = 0.0
+    """decay of the averaged parameters, which evaluate and sample; 0 for none"""
     write_files: Callable[[Path], None] = lambda run: None
     """run folder -> writes what else belongs into it, before the first step"""
 
@@ -78,9 +81,10 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
         check_same_model(out, stage.kind, config, stage.facts)
     reader = stage.open_reader(micro_batch_size)
     engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier)
+    average = ParameterAverage(engine, stage.averaging)
     start = 0
     if checkpoint is not None:
-        start, state = load_checkpoint(engine, checkpoint)
+        start, state = load_checkpoint(engine, checkpoint, average)
         reader.load_state_dict(state["reader"])
     if ranks.is_first:
         versions = {"python": platform.python_version(), **installed_versions()}
@@ -94,7 +98,7 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
         if stage.open_validation is None:
             return
         engine.eval()
-        with torch.no_grad():
+        with average.in_use(), torch.no_grad():
             batches = stage.open_validation(micro_batch_size)
             figures = stage.validate(engine, batches, loop.validation_batches, step)
         engine.train()
@@ -104,11 +108,11 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
     def sample(step: int) -> None:
         if stage.sample is not None:
             # Every rank draws, for the layers of a sharded model meet in each forward pass; the first one writes.
-            with whole_model(engine) as model:
+            with average.in_use(), whole_model(engine) as model:
                 stage.sample(model, out / "samples" / f"step-{step:08d}.png" if ranks.is_first else None)
 
     def save(step: int) -> None:
-        save_checkpoint(engine, out, step, {"reader": reader.state_dict()}, loop.keep)
+        save_checkpoint(engine, out, step, {"reader": reader.state_dict()}, loop.keep, average)
 
     began = time.time()
     with training_progress(stage.kind, loop.steps, start, shown=ranks.is_first) as progress:
@@ -116,6 +120,7 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
             engine,
             stage.step(engine),
             iter(reader),
+            average,
             start=start,
             steps=loop.steps,
             learning_rate=stage.learning_rate,
