@@ -1,9 +1,9 @@
-"""The public attention function against the reference: values, gradients, and one state at a time."""
+"""Attention of whole streams and of one state at a time against the reference: values and gradients."""
 
 import pytest
 import torch
 
-from dalle_kernels.attention import MASKS, MaskSpec, attention
+from dalle_kernels.attention import MASKS, Mask, attention, cached_attention
 from dalle_kernels.attention.reference import attention_reference
 
 # Rounding of sums of about a hundred products of order one.
@@ -11,7 +11,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 GRID = 5
 TEXT_LENS = (1, 7, 38)  # with a grid of 5: streams of 26, 32 and 63 states
 CASES = [
-    pytest.param(MaskSpec(kind=kind, text_len=text_len, grid_size=GRID, conv_kernel=3), id=f"T{text_len + 25}-{kind}")
+    pytest.param(
+        Mask(kind=kind, text_len=text_len, grid_height=GRID, grid_width=GRID, conv_kernel=3),
+        id=f"T{text_len + 25}-{kind}",
+    )
     for text_len in TEXT_LENS
     for kind in MASKS
 ]
@@ -47,7 +50,7 @@ def test_reference_equals_a_softmax_written_out_state_by_state(spec):
         keys = [
             j
             for j in range(i + 1)
-            if j < spec.text_len or bool(MASKS[spec.kind](torch.tensor(p - (j - spec.text_len)), spec))
+            if j < spec.text_len or bool(MASKS[spec.kind](torch.tensor(p), torch.tensor(j - spec.text_len), spec))
         ]
         scores = (k[:, :, keys] * q[:, :, i : i + 1]).sum(-1) / 8**0.5
         expected = (scores.softmax(-1)[..., None] * v[:, :, keys]).sum(2)
@@ -55,25 +58,25 @@ def test_reference_equals_a_softmax_written_out_state_by_state(spec):
 
 
 @pytest.mark.parametrize("spec", CASES)
-@pytest.mark.parametrize("function", [attention, attention_reference], ids=["attention", "reference"])
+@pytest.mark.parametrize("function", [cached_attention, attention_reference], ids=["cached", "reference"])
 def test_states_one_at_a_time_equal_the_whole_stream(spec, function):
     q, k, v = (t.detach() for t in draw_qkv(spec))
-    whole = function(q, k, v, spec)
+    whole = attention(q, k, v, spec)
     for i in range(spec.seq_len):
         step = function(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], spec, query_start=i)
         torch.testing.assert_close(step, whole[:, :, i : i + 1], rtol=0, atol=TOLERANCE[torch.float64])
 
 
 def test_a_chunk_of_queries_starts_where_it_is_told():
-    spec = MaskSpec(kind="row", text_len=7, grid_size=GRID)
+    spec = Mask(kind="row", text_len=7, grid_height=GRID, grid_width=GRID)
     q, k, v = (t.detach() for t in draw_qkv(spec))
-    chunk = attention(q[:, :, 9:20], k[:, :, :20], v[:, :, :20], spec, query_start=9)
+    chunk = cached_attention(q[:, :, 9:20], k[:, :, :20], v[:, :, :20], spec, query_start=9)
     torch.testing.assert_close(chunk, attention(q, k, v, spec)[:, :, 9:20], rtol=0, atol=TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_state_is_moved_by_no_later_key_and_by_every_text_key(kind):
-    spec = MaskSpec(kind=kind, text_len=7, grid_size=GRID, conv_kernel=3)
+    spec = Mask(kind=kind, text_len=7, grid_height=GRID, grid_width=GRID, conv_kernel=3)
     q, k, v = (t.detach() for t in draw_qkv(spec))
     grad_keys = torch.autograd.grad(attention(q, k.requires_grad_(), v, spec)[:, :, 12].sum(), k)[0]
     assert grad_keys[:, :, 13:].eq(0).all()
@@ -85,7 +88,7 @@ def test_a_state_is_moved_by_no_later_key_and_by_every_text_key(kind):
     [pytest.param(5, 4, 0, id="past-keys"), pytest.param(1, 10, 10, id="past-keys-by-start"), (1, 33, 0)],
 )
 def test_queries_past_the_keys_and_keys_past_the_stream_are_refused(n_query, n_key, query_start):
-    spec = MaskSpec(kind="dense", text_len=7, grid_size=GRID)  # 32 states
+    spec = Mask(kind="dense", text_len=7, grid_height=GRID, grid_width=GRID)  # 32 states
     q, k = torch.zeros(1, 1, n_query, 8), torch.zeros(1, 1, n_key, 8)
     with pytest.raises(ValueError, match=f"queries end at {query_start + n_query}, keys at {n_key}, the stream at 32"):
-        attention(q, k, k, spec, query_start)
+        cached_attention(q, k, k, spec, query_start)

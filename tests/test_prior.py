@@ -1,5 +1,6 @@
 """The prior: Figure 10's states, the layer plan, the weighted loss, causality, and sampling's cache."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 
 from dalle_ds.config import PriorConfig
 from dalle_ds.generation.cache import KeyValueCache
+from dalle_ds.models.layers import LayerNorm
 from dalle_ds.models.prior import Prior, layer_kinds
+from dalle_ds.presets import PRESETS
 from dalle_kernels.attention import allowed
 
 # Figure 10 and 11's sizes: 6 text states, a 4 x 4 grid: 22 states.
@@ -197,3 +200,122 @@ def test_gelu_is_the_sigmoid_form():
     hidden = F.linear(x, mlp.up.weight, mlp.up.bias)
     expected = F.linear(hidden * torch.sigmoid(1.702 * hidden), mlp.down.weight, mlp.down.bias)
     torch.testing.assert_close(mlp(x), expected)
+
+
+def test_sizes_of_table_1_have_the_closed_form_s_number_of_parameters():
+    """12 d^2 a layer in matrices, 13 d in vectors; tables and heads of both vocabularies; two final norms."""
+    for name, billions in {"1.3b": 1.3, "2.8b": 2.8, "5.6b": 5.6, "12b": 12.0}.items():
+        config = PRESETS[name].prior.model
+        with torch.device("meta"):
+            prior = Prior(config)
+        in_layers = sum(p.numel() for p in prior.layers.parameters())
+        assert in_layers == config.n_layer * (12 * config.dim**2 + 13 * config.dim)
+        tables = 2 * (16_384 + 8192) + 2 + 2 * 256 + 2 * 32
+        assert sum(p.numel() for p in prior.parameters()) == in_layers + (tables + 4) * config.dim
+        # Table 1 rounds, and counts what is in the layers.
+        assert in_layers / 1e9 == pytest.approx(billions, rel=0.08 if name == "1.3b" else 0.02), name
+
+
+def gradients(prior, *batch):
+    prior.zero_grad()
+    prior(*batch)["loss"].backward()
+    return {name: p.grad.clone() for name, p in prior.named_parameters()}
+
+
+def test_recomputed_activations_give_the_same_gradients_bit_for_bit():
+    plain, batch = build_prior(), (TEXT, LENGTH, IMAGE)
+    lean = Prior(TINY, checkpoint_activations=True)
+    lean.load_state_dict(plain.state_dict())
+    for name, gradient in gradients(plain, *batch).items():
+        assert gradient.equal(gradients(lean, *batch)[name]), name
+
+
+def test_dropout_is_off_by_default_and_drops_ends_of_resblocks_in_training_alone():
+    assert PriorConfig().dropout == 0
+    prior = build_prior(dataclasses.replace(TINY, dropout=0.5))
+    first, second = (prior(TEXT, LENGTH, IMAGE)["loss"] for _ in range(2))
+    assert first != second
+    prior.eval()
+    plain = build_prior()
+    assert prior(TEXT, LENGTH, IMAGE)["loss"] == plain(TEXT, LENGTH, IMAGE)["loss"]
+
+
+def test_sandwich_norm_bounds_what_a_resblock_adds_to_the_stream():
+    prior = build_prior(dataclasses.replace(TINY, sandwich_norm=True))
+    layer, x = prior.layers[0], torch.randn(1, 22, TINY.dim)
+    with torch.no_grad():
+        layer.mlp.down.weight.mul_(1e6)
+        grown = layer(x) - x
+    # The two branches each have unit variance.
+    assert grown.abs().max() < 2 * math.sqrt(TINY.dim)
+
+
+def test_relaxed_layer_norm_is_the_plain_one_without_its_overflow():
+    plain, relaxed = LayerNorm(8), LayerNorm(8, relaxed=True)
+    x = torch.randn(5, 8)
+    # The epsilon of 1e-5 stands beside a variance that the division has changed.
+    torch.testing.assert_close(relaxed(x), plain(x), rtol=1e-3, atol=1e-4)
+    huge = x * 1e30
+    assert relaxed(huge).isfinite().all()
+    assert not plain(huge).allclose(plain(x), atol=1e-3)
+    assert relaxed(torch.zeros(1, 8)).eq(0).all()
+
+
+def test_text_loss_may_be_divided_by_the_mean_over_ranks():
+    """Two ranks with 2 and 5 tokens: the mean of their losses is that of one rank with both captions."""
+    prior = build_prior()
+    text, lengths = torch.tensor([[4, 7, 2, 9, 9], [1, 3, 5, 8, 10]]), torch.tensor([2, 5])
+    image = torch.stack([IMAGE[0], IMAGE[0].flip(0)])
+    whole = prior(text, lengths, image)["loss"]
+    parts = [prior(text[i : i + 1], lengths[i : i + 1], image[i : i + 1], torch.tensor(3.5))["loss"] for i in range(2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+@pytest.mark.slow
+def test_a_training_step_of_two_layers_in_the_12b_shape_runs_and_lowers_its_own_loss():
+    config = dataclasses.replace(PRESETS["12b"].prior.model, n_layer=2)
+    torch.manual_seed(0)
+    prior = Prior(config).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(config.text_vocab_size, (1, 255), generator=generator)
+    image = torch.randint(config.image_vocab_size, (1, 1024), generator=generator)
+    batch = (text, torch.tensor([40]), image)
+    before = prior(*batch)["loss"]
+    assert before.item() == pytest.approx(math.log(config.text_vocab_size) / 8 + math.log(8192) * 7 / 8, rel=1e-4)
+    before.backward()
+    with torch.no_grad():
+        for name, p in prior.named_parameters():
+            # With unembeddings of zero the first step moves them alone.
+            assert p.grad.isfinite().all(), name
+            p.sub_(p.grad)
+        assert prior(*batch)["loss"] < before - 0.1
+
+
+def test_the_convolutional_mask_closes_its_window_unless_told_not_to():
+    with torch.device("meta"):
+        masks = [
+            Prior(dataclasses.replace(PriorConfig(), n_layer=1, conv_wrap=wrap)).layers[0].attention.mask
+            for wrap in (True, False)
+        ]
+    last = torch.tensor(masks[0].seq_len - 1)
+    seen = [int(mask.sees(last, torch.arange(256, 1280)).sum()) for mask in masks]
+    # The last state stands at the right edge: windows reach to the left in its row, and across the edge above.
+    assert seen == [66, 61]
+
+
+# The smallest stream that takes the CPU's path over windows: three masks, one layer each, and the plan's three layers.
+LARGER = dataclasses.replace(TINY, grid_size=12, text_len=9)
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3], ids="{}-layers".format)
+def test_an_image_logit_depends_on_the_whole_caption_and_on_no_later_token_by_gradient(n_layer):
+    """One layer is conv alone, two are row and conv, three row, column and conv."""
+    prior = build_prior(dataclasses.replace(LARGER, n_layer=n_layer))
+    text, length = torch.randint(11, (1, 8)), torch.tensor([8])
+    x = input_states(prior, text, length, torch.randint(17, (1, 144))).detach().requires_grad_()
+    out = prior.run_layers(x)
+    for p in (0, 1, 13, 77, 143):
+        (gradient,) = torch.autograd.grad(prior.image_head(out[:, 9 + p]).square().sum(), x, retain_graph=True)
+        touched = gradient[0].ne(0).any(-1)
+        assert touched[:9].all(), "the caption"
+        assert not touched[9 + p + 1 :].any(), "later states"

@@ -70,10 +70,13 @@ def run(args: argparse.Namespace) -> None:
 
 def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", out: "Path", dvae: str) -> "Stage":
     """The prior with its data, loss and schedules, for the training session."""
+    import functools
+
     import numpy as np
     import torch
+    import torch.distributed as dist
 
-    from dalle_ds.data.pipeline import Reader
+    from dalle_ds.data.pipeline import Reader, training_reader
     from dalle_ds.data.skips import SkipLog
     from dalle_ds.data.token_shards import open_token_source, token_decode
     from dalle_ds.models.prior import Prior
@@ -100,29 +103,17 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         arrays = (torch.from_numpy(tokens), torch.from_numpy(lengths), codes)
         return tuple(array.to(ranks.device) for array in arrays)  # type: ignore[return-value]
 
-    def open_reader(micro_batch_size: int) -> Reader:
-        return Reader(
-            train_source,
-            token_decode(manifest),
-            micro_batch_size,
-            **places,
-            seed=config.loop.seed,
-            shuffle_buffer=data.shuffle_buffer,
-            n_worker=data.n_worker,
-            log=SkipLog(out / "skipped.jsonl"),
-        )
-
-    def open_validation(micro_batch_size: int) -> Reader:
-        assert validation_source is not None
-        return Reader(validation_source, token_decode(manifest), micro_batch_size, **places)
-
     def make_step(engine: Any) -> Any:
         def step(batch: dict[str, Any], index: int, micro_step: int) -> dict[str, "Tensor"]:
             seed = abs(hash((config.loop.seed, index, micro_step, ranks.rank)))
             tokens, lengths, codes = to_tensors(batch, config.tokenizer.dropout, seed)
             dropped = np.random.default_rng([seed, 1]).random(len(lengths)) < config.caption_dropout
             lengths = lengths.masked_fill(torch.from_numpy(dropped).to(ranks.device), 0)
-            return engine(tokens, lengths, codes)  # type: ignore[no-any-return]
+            # Dropout draws from torch's own generator.
+            torch.manual_seed(seed)
+            n_text_tokens = lengths.sum().float()
+            dist.all_reduce(n_text_tokens)
+            return engine(tokens, lengths, codes, n_text_tokens / ranks.world_size)  # type: ignore[no-any-return]
 
         return step
 
@@ -149,9 +140,18 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
     return Stage(
         kind="prior",
         config=config,
-        build_model=lambda: Prior(config.model),
-        open_reader=open_reader,
-        open_validation=open_validation if validation_source else None,
+        build_model=lambda: Prior(config.model, checkpoint_activations=config.checkpoint_activations),
+        open_reader=training_reader(
+            train_source,
+            token_decode(manifest),
+            data,
+            seed=config.loop.seed,
+            log=SkipLog(out / "skipped.jsonl"),
+            **places,
+        ),
+        open_validation=functools.partial(Reader, validation_source, token_decode(manifest), **places)
+        if validation_source
+        else None,
         step=make_step,
         validate=validate,
         sample=sample if _holds_dvae(dvae, manifest) else None,

@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from dalle_ds.models.layers import Linear
-from dalle_kernels.attention import MaskSpec, attention
+from dalle_kernels.attention import Mask, attention, cached_attention
 
 
 class LayerCache(Protocol):
@@ -18,7 +18,7 @@ class LayerCache(Protocol):
 class SelfAttention(nn.Module):
     """Multi-head attention with three separate projections and one mask."""
 
-    def __init__(self, n_head: int, head_dim: int, mask: MaskSpec, output_gain: float) -> None:
+    def __init__(self, n_head: int, head_dim: int, mask: Mask, output_gain: float) -> None:
         super().__init__()
         dim = n_head * head_dim
         self.n_head, self.mask = n_head, mask
@@ -26,12 +26,15 @@ class SelfAttention(nn.Module):
         self.project = Linear(dim, dim, gain=output_gain)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]; with a cache, x holds the states that follow those in the cache."""
+        """The first T states, or with a cache those that follow what it holds: [B, T, dim] -> [B, T, dim]."""
         q, k, v = (
             layer(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )  # [B, H, T, D]
         start = 0
         if cache is not None:
             k, v, start = cache.extend(k, v)
-        out = attention(q, k, v, self.mask, start)
+        if q.shape[2] == self.mask.seq_len:
+            out = attention(q, k, v, self.mask)
+        else:
+            out = cached_attention(q, k, v, self.mask, start)
         return self.project(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]

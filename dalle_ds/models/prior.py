@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle_ds.config import PriorConfig
 from dalle_ds.models.attention import LayerCache, SelfAttention
 from dalle_ds.models.layers import INIT_GAIN, MLP, Head, LayerNorm
-from dalle_kernels.attention import MaskSpec
+from dalle_kernels.attention import Mask
 
 
 def layer_kinds(n_layer: int) -> list[str]:
@@ -73,49 +74,60 @@ class Layer(nn.Module):
 
     def __init__(self, config: PriorConfig, kind: str) -> None:
         super().__init__()
-        mask = MaskSpec(kind=kind, text_len=config.text_len, grid_size=config.grid_size, conv_kernel=config.conv_kernel)
+        mask = Mask(
+            kind=kind,
+            text_len=config.text_len,
+            grid_height=config.grid_size,
+            grid_width=config.grid_size,
+            conv_kernel=config.conv_kernel,
+            wrap=config.conv_wrap,
+        )
         # Child et al. 2019: the last matrix of each of the 2 * n_layer resblocks.
         output_gain = INIT_GAIN / math.sqrt(2 * config.n_layer)
-        self.attention_norm = LayerNorm(config.dim)
+        self.attention_norm = LayerNorm(config.dim, relaxed=config.pb_relax)
         self.attention = SelfAttention(config.n_head, config.head_dim, mask, output_gain)
-        self.mlp_norm = LayerNorm(config.dim)
+        self.attention_end = _branch_end(config)
+        self.mlp_norm = LayerNorm(config.dim, relaxed=config.pb_relax)
         self.mlp = MLP(config.dim, output_gain)
+        self.mlp_end = _branch_end(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         dtype = self.mlp.up.weight.dtype
-        x = x + self.attention(self.attention_norm(x).to(dtype), cache).float()
-        return x + self.mlp(self.mlp_norm(x).to(dtype)).float()  # type: ignore[no-any-return]
+        x = x + self.attention_end(self.attention(self.attention_norm(x).to(dtype), cache)).float()
+        return x + self.mlp_end(self.mlp(self.mlp_norm(x).to(dtype))).float()  # type: ignore[no-any-return]
 
 
 class Prior(nn.Module):
     """The transformer; `forward` is the training loss, `states` and the heads serve sampling."""
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorConfig, *, checkpoint_activations: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_activations = config, checkpoint_activations
         self.text_states = TextStates(config)
         self.image_states = ImageStates(config)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in layer_kinds(config.n_layer))
-        self.text_head = Head(config.dim, config.text_vocab_size)
-        self.image_head = Head(config.dim, config.image_vocab_size)
+        self.text_head = Head(config.dim, config.text_vocab_size, relaxed=config.pb_relax)
+        self.image_head = Head(config.dim, config.image_vocab_size, relaxed=config.pb_relax)
 
-    def forward(self, text_tokens: Tensor, text_lengths: Tensor, image_tokens: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, text_tokens: Tensor, text_lengths: Tensor, image_tokens: Tensor, n_text_tokens: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The weighted next-token loss (section 2.2), each kind averaged over its own tokens, in nats a token.
 
-        text_tokens [B, text_len - 1] int64, text_lengths [B] int64, image_tokens [B, image_len] int64.
+        text_tokens [B, text_len - 1] int64, text_lengths [B] int64, image_tokens [B, image_len] int64. The text loss is
+        divided by `n_text_tokens`, for which a rank gives the mean over all ranks; without it, by this batch's number.
         """
         text_len = self.config.text_len
         x = torch.cat(
             [self.text_states(text_tokens, text_lengths), self.image_states(image_tokens[:, :-1])], dim=1
         )  # [B, seq_len, dim]
         x = self.run_layers(x)
-        # Pads are inputs, never targets.
+        # Each kind's logits where that kind is predicted, and nowhere else. Pads are inputs, never targets.
         is_token = torch.arange(text_tokens.shape[1], device=x.device) < text_lengths[:, None]
-        text_logits = self.text_head(x[:, : text_len - 1][is_token])
+        n = is_token.sum() if n_text_tokens is None else n_text_tokens
         # A batch may hold empty captions alone; the mean over no tokens would be nan.
-        text_loss = F.cross_entropy(text_logits, text_tokens[is_token], reduction="sum") / max(1, len(text_logits))
-        image_logits = self.image_head(x[:, text_len:])
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten())
+        text_loss = self.text_head(x[:, : text_len - 1][is_token], text_tokens[is_token]) / torch.where(n > 0, n, 1)
+        image_loss = self.image_head(x[:, text_len:].flatten(0, 1), image_tokens.flatten()) / image_tokens.numel()
         weight = self.config.text_loss_weight
         return {
             "loss": weight * text_loss + (1 - weight) * image_loss,
@@ -125,9 +137,23 @@ class Prior(nn.Module):
 
     def run_layers(self, x: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
         """States [B, n, dim] through all layers; with caches, those that follow what the caches hold."""
+        checkpointed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if caches is None else caches[i])
+            if checkpointed:
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x, None if caches is None else caches[i])
         return x
+
+
+def _branch_end(config: PriorConfig) -> nn.Module:
+    """What a resblock's branch passes before it joins the stream: nothing in the paper's model."""
+    end: list[nn.Module] = []
+    if config.sandwich_norm:
+        end.append(LayerNorm(config.dim, relaxed=config.pb_relax))
+    if config.dropout:
+        end.append(nn.Dropout(config.dropout))
+    return nn.Sequential(*end)
 
 
 def _table(n: int, dim: int, n_tables: int = 1) -> nn.Parameter:
