@@ -107,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     settings = Settings(steps=args.steps, seeds=tuple(range(args.seeds)))
     if args.quick:
-        sizes = {"batch_size": 4, "n_train": 16, "n_validation": 8}
-        settings = Settings(steps=2, every=1, stretch=1 / 100_000, seeds=(0,), **sizes)
+        settings = Settings(steps=2, every=1, stretch=1 / 100_000, batch_size=4, n_train=16, n_validation=8, seeds=(0,))
     began = time.time()
     results = train_all(settings, 1 if args.quick else args.processes)
     stem = args.out / f"{datetime.datetime.now(tz=datetime.timezone.utc).date()}-dvae-claims"
