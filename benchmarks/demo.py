@@ -9,7 +9,6 @@ process tree (proportional set size, so that shared pages count once), and write
 import argparse
 import datetime
 import json
-import platform
 import shutil
 import subprocess
 import threading
@@ -17,8 +16,8 @@ import time
 from pathlib import Path
 
 import psutil
+from parts.measuring import ROOT, describe_machine
 
-ROOT = Path(__file__).parent.parent
 MINUTES_LIMIT, GIB_LIMIT = 15, 8
 SAMPLE_EVERY = 5.0  # seconds
 # What make prints before a command, and what it says while it sets up.
@@ -76,11 +75,6 @@ def watch_memory(pid: int, peaks: list[float]) -> None:
 def write_table(steps: list[tuple[str, float]], began: float, ended: float, peak: float) -> str:
     times = [*[when for _, when in steps], ended]
     rows = [f"| {name} | {after - before:.0f} |" for (name, before), after in zip(steps, times[1:], strict=True)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    processor = platform.processor() or platform.machine()
-    machine = f"{processor}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
     evaluation = json.loads((ROOT / "demo" / "prior" / "evaluation.json").read_text())
     figures = [
         f"| {row['name']} | {row['value']:.1%} | {row['chance']:.2%} | {row['n']} |" for row in evaluation["figures"]
@@ -89,7 +83,7 @@ def write_table(steps: list[tuple[str, float]], began: float, ended: float, peak
         [
             f"# make demo, {datetime.datetime.now(tz=datetime.timezone.utc).date()}",
             "",
-            f"Machine: {machine}. Commit {commit.stdout.strip()}.",
+            f"Machine: {describe_machine()}.",
             "",
             f"{(ended - began) / 60:.1f} minutes (limit {MINUTES_LIMIT}), peak {peak:.2f} GiB (limit {GIB_LIMIT}).",
             "",

@@ -14,16 +14,14 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import psutil
+from parts.measuring import describe_machine
 from parts.peers_pictures import DATA_SETS, write_pictures
 
 from dalle_ds.reporting.grid import make_grid
@@ -147,16 +145,11 @@ def write_picture(results: dict[str, Figures], folder: Path, path: Path) -> None
 
 
 def describe(results: dict[str, Figures], arguments: argparse.Namespace, path: Path) -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    processor = platform.processor() or platform.machine()
-    versions = f"Python {platform.python_version()}, torch {version('torch')}"
     seconds = QUICK["seconds"] if arguments.quick else arguments.seconds
     lines = [
         f"# dVAE against dalle_pytorch.DiscreteVAE, {path.name[:10]}",
         "",
-        f"Machine: {processor}, {psutil.cpu_count()} cores, {versions}. Commit {commit.stdout.strip()}.",
+        f"Machine: {describe_machine()}.",
         "",
         f"{seconds:g} CPU seconds of training for each row, {arguments.threads} thread(s), in turns in one process; "
         "pictures 64 x 64, 8 x 8 tokens of 512; quality on pictures that training never saw.",

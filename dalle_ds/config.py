@@ -184,17 +184,49 @@ class PriorScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How shards are read: the size of requests, patience with a faulty network, and the cache on the local disk."""
+
+    request_bytes: int = described(64 * 2**20, "bytes of one ranged request")
+    part_bytes: int = described(2**20, "bytes that are checked, read ahead and cached as one")
+    n_ahead: int = described(16, "parts that are read ahead, for each open shard")
+    n_attempt: int = described(8, "tries without a new byte before a shard counts as unreadable")
+    backoff_seconds: float = described(0.5, "longest wait before the second try; it doubles, and is drawn at random")
+    max_backoff_seconds: float = described(30.0, "the longest such wait")
+    failed_shards: int = described(0, "shards that may be given up before the run ends with their names")
+    stall_seconds: float = described(30.0, "a connection without a byte for so long is given up")
+    cache: str = described("", "folder on a local disk that keeps what was read; empty for none")
+    cache_bytes: int = described(100 * 2**30, "bytes that the cache may hold; what was not used for longest goes first")
+
+    def __post_init__(self) -> None:
+        for name in ("request_bytes", "part_bytes", "n_ahead", "n_attempt", "cache_bytes"):
+            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("failed_shards", "backoff_seconds", "max_backoff_seconds"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
+        require(self.stall_seconds > 0, f"stall_seconds {self.stall_seconds} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which samples are read, and how they are shuffled."""
 
-    train: str = described("", "training data: a folder, or shards as a brace pattern (train-{000..009}.tar)")
+    train: str = described(
+        "", "training data: a folder, shards as a brace pattern (train-{000..009}.tar), or a .json of sets and weights"
+    )
     validation: str = described("", "validation data, in the same forms; empty for none")
-    shuffle_buffer: int = described(2_000, "samples held back for shuffling inside and across shards")
+    shuffle_buffer: int = described(
+        8_192, "samples shuffled together, over all ranks; each holds its part of twice as many. 1 keeps their order"
+    )
+    n_lanes: int = described(
+        64, "places of the data that a batch draws on; with a multiple of the ranks each sample is read by one alone"
+    )
+    block_len: int = described(256, "neighbours in a shard that stay together when blocks are permuted, at most")
     n_worker: int = described(1, "threads that decode samples, on each rank")
+    read: ReadConfig = nested(ReadConfig)
 
     def __post_init__(self) -> None:
-        require(self.shuffle_buffer >= 1, f"shuffle_buffer {self.shuffle_buffer} must be at least 1")
-        require(self.n_worker >= 1, f"n_worker {self.n_worker} must be at least 1")
+        for name in ("shuffle_buffer", "n_lanes", "block_len", "n_worker"):
+            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +300,12 @@ class PriorTraining:
     caption_dropout: float = described(
         0.0, "fraction of training captions left empty, so that sampling can use guidance (the paper has none)"
     )
+    from_pixels: bool = described(
+        False, "the data are captioned pictures, encoded by the frozen --dvae as training goes; not token shards"
+    )
+    augment: bool = described(
+        True, "with from_pixels: a new random crop in each epoch, as in Listing 2; false for the centre crop"
+    )
     checkpoint_activations: bool = described(
         False, "keep only what enters each layer and compute the rest again: less memory, a third more time"
     )
@@ -301,6 +339,49 @@ class SamplingConfig:
         require(self.guidance >= 0, f"guidance {self.guidance} must not be negative")
         require(0 < self.top_p <= 1, f"top_p {self.top_p} must lie in (0, 1]")
         require(self.batch_size >= 1, f"batch_size {self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What `dalle-ds filter` drops (Appendix C): language and aspect ratio are the paper's, other numbers ours."""
+
+    min_words: int = described(3, "fewest words of a caption; 0 for any (the paper says only: too short)")
+    min_characters: int = described(8, "fewest characters of a caption; 0 for any (ours)")
+    max_characters: int = described(2_000, "most characters of a caption; 0 for any (ours)")
+    languages: str = described(
+        "en", "languages that captions may have, joined by commas; empty for any (paper: English)"
+    )
+    language_confidence: float = described(
+        0.0, "least confidence of the identifier; 0 takes its likeliest language (ours)"
+    )
+    language_identifier: str = described("fasttext", "which identifier; see LANGUAGE_IDENTIFIERS in data/languages.py")
+    boilerplate_share: float = described(
+        0.5, "drops captions of which boilerplate is more than this share; 1 for none (the paper says: primarily)"
+    )
+    max_aspect_ratio: float = described(2.0, "longest over shortest side at most; 0 for any (paper: within 1/2 and 2)")
+    min_side: int = described(64, "least pixels of the shorter side; 0 for any (ours; 256 for the full-size dVAE)")
+    max_pixels: int = described(
+        100_000_000, "most pixels of a picture, read from its header before it is decoded (ours)"
+    )
+    exact_duplicates: bool = described(True, "drop pictures whose decoded pixels an earlier one has (ours)")
+    near_duplicate_bits: int = described(
+        4, "bits of 64 that perceptual hashes of near duplicates may differ in; -1 keeps near duplicates (ours)"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("min_words", "min_characters", "max_characters", "min_side"):
+            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative; 0 is off")
+        for name in ("language_confidence", "boilerplate_share"):
+            require(0 <= getattr(self, name) <= 1, f"{name} {getattr(self, name)} must lie in [0, 1]")
+        require(
+            self.max_aspect_ratio == 0 or self.max_aspect_ratio >= 1,
+            f"max_aspect_ratio {self.max_aspect_ratio} must be at least 1, or 0 for any",
+        )
+        require(self.max_pixels >= 1, f"max_pixels {self.max_pixels} must be at least 1")
+        require(
+            -1 <= self.near_duplicate_bits <= 15,
+            f"near_duplicate_bits {self.near_duplicate_bits} must lie in [-1, 15]; -1 is off",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,20 @@
 """Captions to text tokens: SentencePiece byte-pair encoding, lower-cased, with BPE dropout (section 2.2).
 
 The paper gives the size (16,384) and the dropout (10%, in training). Ours, where it is silent: captions are normalised
-by NFKC with case folding; characters outside the vocabulary become bytes, so nothing is unknown; a caption too long for
-its states keeps its first tokens.
+by NFKC with case folding; characters outside the vocabulary become bytes, so nothing is unknown. Truncation: of the
+256 text states one is start-of-text, so a caption keeps its first 255 tokens (after dropout, in training) and loses the
+rest, without a mark.
 """
 
 import hashlib
 import io
+import math
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +23,8 @@ import sentencepiece
 
 from dalle_ds.config import InputError, TokenizerConfig
 
-# Captions that training looks at: merges no longer change beyond some millions, and all are held in memory.
-MAX_TRAINING_CAPTIONS = 10_000_000
+# SentencePiece leaves out what is longer, in bytes; the rest of such a caption tells nothing new.
+MAX_TRAINING_BYTES = 4_000
 # SentencePiece has one generator for the process, seeded with 32 bits.
 SEED_RANGE = 2**32
 _generator_lock = threading.Lock()
@@ -103,16 +107,25 @@ class Tokenizer:
         return str(self._processor.decode([int(token) for token in tokens]))
 
 
-def train_tokenizer(captions: Iterable[str], config: TokenizerConfig, path: str | Path) -> Tokenizer:
+def train_tokenizer(
+    captions: Iterable[str],
+    config: TokenizerConfig,
+    path: str | Path,
+    *,
+    max_captions: int = sys.maxsize,
+    seed: int = 0,
+) -> Tokenizer:
     """Trains byte-pair encoding on `captions` and saves it to `path`; the same captions make the same bytes.
 
-    The vocabulary is smaller than config.vocab_size when the captions yield no more merges. Raises InputError when
-    there are no captions, or when the size does not hold the 256 bytes and the captions' characters.
+    All captions are read, once; of more than `max_captions` that many are kept, each with the same chance, drawn by
+    `seed`. The vocabulary is smaller than config.vocab_size when the captions yield no more merges. Raises InputError
+    when there are no captions, or when the size does not hold the 256 bytes and the captions' characters.
     """
+    kept = draw_evenly(_clean(captions), max_captions, np.random.default_rng(seed))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_clean(captions),
+            sentence_iterator=iter(kept),
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
@@ -120,8 +133,7 @@ def train_tokenizer(captions: Iterable[str], config: TokenizerConfig, path: str 
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="nmt_nfkc_cf",
-            input_sentence_size=MAX_TRAINING_CAPTIONS,
-            shuffle_input_sentence=False,
+            max_sentence_length=MAX_TRAINING_BYTES,
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
@@ -136,12 +148,30 @@ def train_tokenizer(captions: Iterable[str], config: TokenizerConfig, path: str 
     return tokenizer
 
 
+def draw_evenly(items: Iterable[str], n: int, rng: np.random.Generator) -> list[str]:
+    """At most `n` of a stream of unknown length, each with the same chance; all of a shorter one, in order.
+
+    Vitter's reservoir with jumps (Li's algorithm L): random numbers for the items that are taken, not for each.
+    """
+    stream = iter(items)
+    kept = list(islice(stream, n))
+    weight = 1.0
+    while len(kept) == n:
+        weight *= (1 - rng.random()) ** (1 / n)
+        n_passed = math.log(1 - rng.random()) / math.log1p(-min(weight, 1 - np.finfo(float).epsneg))
+        found = next(islice(stream, min(int(n_passed), sys.maxsize - 1), None), None)
+        if found is None:
+            break
+        kept[int(rng.integers(n))] = found
+    return kept
+
+
 def _clean(captions: Iterable[str]) -> Iterator[str]:
     for caption in captions:
         # The trainer takes a line for a sentence, and NUL for the end of one.
         text = " ".join(caption.replace("\0", " ").split())
         if text:
-            yield text
+            yield text.encode(errors="replace")[:MAX_TRAINING_BYTES].decode(errors="ignore")
 
 
 def _explain(error: RuntimeError, config: TokenizerConfig) -> Exception:

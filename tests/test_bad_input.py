@@ -237,12 +237,12 @@ def test_token_shards_on_a_full_disk_end_in_one_line_without_half_a_shard(chain,
 
     out = small_disk(100_000) / "tokens"
     command = ["encode-images", "--dvae", chain / "dvae", "--data", chain / "scenes/train", "--out", out]
-    assert main([str(word) for word in [*command, "--samples_per_shard", 10]]) == 2
+    assert main([str(word) for word in command]) == 2
     words = [f"{out}/0000", "the disk is full", "free some space"]
     assert_one_line(capsys.readouterr().err, "encode-images", words)
-    left = sorted(path.name for path in out.iterdir())
+    left = sorted(path.name for path in out.iterdir() if path.name != "encoding")
     assert left == [f"{shard:05d}.tar" for shard in range(len(left))]
-    assert 0 < len(left) < 6
+    assert 0 < len(left) < 3
 
 
 @pytest.mark.slow

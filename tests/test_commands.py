@@ -143,9 +143,9 @@ def test_an_evaluation_stands_beside_chance_and_the_report_shows_it(chain):
 
 def test_encoding_again_needs_overwrite_and_then_makes_the_same_bytes(chain, tmp_path):
     arguments = ["--dvae", chain / "dvae", "--data", chain / "scenes/validation", "--out", tmp_path / "tokens"]
-    run_here("encode-images", *arguments, "--samples_per_shard", 5)
+    run_here("encode-images", *arguments, "--augment")
     run_here("encode-images", *arguments, "--overwrite")
-    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["00000.tar", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == ["00000.tar", "encoding", "manifest.json"]
     shard = (tmp_path / "tokens/00000.tar").read_bytes()
     assert shard == (chain / "tokens/validation/00000.tar").read_bytes()
 
@@ -217,7 +217,7 @@ def test_the_deepspeed_launcher_trains_with_two_processes(chain, tmp_path, stage
     assert said.count(f"{out}: steps 1 to 3 in") == 1
     assert read_json(out / "config.json")["world_size"] == 2
     checkpoint = out / "checkpoints/step-00000003"
-    assert len(list(checkpoint.glob("rank-*.json"))) == 2
+    assert read_json(checkpoint / "state.json")["reader"]["epoch"] >= 0
     assert read_json(checkpoint / "complete.json") == {"step": 3, "world_size": 2}
     assert (out / "samples/step-00000003.png").exists()
     assert (out / "tokenizer.model").exists() == (stage == "prior")

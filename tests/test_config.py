@@ -64,7 +64,7 @@ BAD = {
         "text_loss_weight": [-0.1, 1.1],
     },
     PriorScheduleConfig: {"lr_warmup_steps": [-1], "lr_steps": [-1], "lr_final_multiplier": [-0.1, 1.5]},
-    DataConfig: {"shuffle_buffer": [0], "n_worker": [0]},
+    DataConfig: {"shuffle_buffer": [0], "n_lanes": [0], "block_len": [0], "n_worker": [0]},
     LoopConfig: {
         "steps": [0],
         "seed": [-1],

@@ -36,7 +36,11 @@ KERNELS = {  # part of dalle_ds -> what it may import of dalle_kernels
 # Package of others -> the only files that may import it.
 HOMES = {
     "deepspeed": ("dalle_ds/training/", "kernels/dalle_kernels/compression/zero_hook.py"),
-    "triton": ("kernels/dalle_kernels/attention/kernels.py", "kernels/dalle_kernels/attention/ops.py"),
+    "triton": (
+        "kernels/dalle_kernels/attention/kernels.py",
+        "kernels/dalle_kernels/attention/ops.py",
+        "kernels/dalle_kernels/compression/codec_kernels.py",
+    ),
     "boto3": ("dalle_ds/data/",),
     "sentencepiece": ("dalle_ds/tokenizer.py",),
 }

@@ -8,7 +8,19 @@ import pytest
 from PIL import Image
 
 from dalle_ds.data import images
-from dalle_ds.data.images import BadImage, central_random_crop, centre_crop, decode, picture_decode, random_crop
+from dalle_ds.data.area import Window, area_resize
+from dalle_ds.data.images import (
+    BadImage,
+    Crop,
+    central_random_crop,
+    centre_crop,
+    cut,
+    decode,
+    draw_encode_crop,
+    draw_train_crop,
+    picture_decode,
+    random_crop,
+)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -148,18 +160,127 @@ def test_about_half_the_pictures_are_flipped_when_asked() -> None:
         assert 70 <= n_flipped <= 130  # four standard deviations of 200 coin flips
 
 
-def test_the_scale_of_a_training_crop_lies_in_listing_1() -> None:
-    # Pixels of a crop span 32 of `scaled` columns that stand for 200: steps of 200 / scaled.
-    for seed in range(50):
-        pixels = random_crop(coordinates(200, 200), 32, np.random.default_rng(seed)).astype(float)
-        step = (pixels[0, -1, 0] - pixels[0, 0, 0]) / 31
-        assert 200 / 48 - 0.1 <= step <= 200 / 36 + 0.1
+def drawn(draw, width: int, height: int, size: int, n: int = 2_000) -> np.ndarray:  # type: ignore[no-untyped-def, type-arg]
+    """Columns left, top, side, scaled, x, y of n crops."""
+    generator = rng()
+    return np.array([draw(width, height, size, generator) for _ in range(n)])
 
 
-def test_the_encoding_crop_stays_in_the_middle_quarter() -> None:
-    for seed in range(50):
-        pixels = central_random_crop(coordinates(40, 240), 32, np.random.default_rng(seed))
-        assert 75 <= pixels[0, 0, 0] <= 125 + 40 - 32
+def assert_fills(values: np.ndarray, low: int, high: int) -> None:  # type: ignore[type-arg]
+    """Every whole number from low to high, both included, is drawn about equally often."""
+    counts = np.bincount(values - low, minlength=high - low + 1)
+    assert values.min() == low
+    assert len(counts) == high - low + 1  # high was drawn, and nothing above
+    expected = len(values) / len(counts)
+    # Six standard deviations of the count of one value: 1e-9 of a fair draw lies beyond.
+    assert np.abs(counts - expected).max() < 6 * expected**0.5
+
+
+def test_listing_1_draws_every_place_and_every_size_with_both_ends() -> None:
+    left, top, side, scaled, x, y = drawn(draw_train_crop, 440, 400, 256).T
+    assert set(side) == {400}
+    assert_fills(left, 0, 40)
+    assert set(top) == {0}
+    assert_fills(scaled, 288, 384)
+    for place in (x, y):
+        assert place.min() == 0
+        assert (place <= scaled - 256).all()
+        assert (place == scaled - 256).any()
+    assert not np.array_equal(x, y)
+
+
+@pytest.mark.parametrize(("side", "low", "high"), [(256, 256, 256), (270, 270, 270), (288, 288, 288), (320, 288, 320)])
+def test_listing_1_never_enlarges_a_picture_of_at_least_the_size(side: int, low: int, high: int) -> None:
+    assert_fills(drawn(draw_train_crop, side, side + 1, 256)[:, 3], low, high)
+
+
+def test_listing_2_keeps_the_square_in_the_middle_quarter_with_both_ends() -> None:
+    left, top, side, scaled, x, y = drawn(draw_encode_crop, 400, 501, 256).T
+    assert set(side) == {400}
+    assert set(left) == {0}
+    assert_fills(top, 3 * 101 // 8, 5 * 101 // 8 - 1)
+    assert_fills(scaled, 256, 288)
+    for place in (x, y):
+        assert place.min() == 0
+        assert (place <= scaled - 256).all()
+        assert (place == scaled - 256).any()
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2, 3, 4, 7])
+def test_listing_2_takes_its_first_place_where_the_quarter_is_empty(spare: int) -> None:
+    tops = drawn(draw_encode_crop, 270, 270 + spare, 256, 500)[:, 1]
+    assert_fills(tops, 3 * spare // 8, max(3 * spare // 8, 5 * spare // 8 - 1))
+    assert_fills(drawn(draw_encode_crop, 270, 270 + spare, 256)[:, 3], 256, 270)
+
+
+def test_listing_2_never_flips() -> None:
+    for seed in range(100):
+        pixels = central_random_crop(coordinates(100, 120), 64, np.random.default_rng(seed)).astype(int)
+        assert pixels[0, -1, 0] > pixels[0, 0, 0]
+        assert pixels[-1, 0, 1] > pixels[0, 0, 1]
+
+
+def slow_area(pixels: np.ndarray, n_out: int, *, align_corners: bool) -> np.ndarray:  # type: ignore[type-arg]
+    """TensorFlow 1's rule, pixel by pixel in its float32: sums of the overlaps, indices held at the edge."""
+    n = len(pixels)
+    step = np.float32((n - 1) / (n_out - 1) if align_corners and n_out > 1 else n / n_out)
+
+    def overlaps(i: int) -> list[tuple[int, np.float32]]:
+        begin, end = np.float32(i) * step, np.float32(i + 1) * step
+        cells = range(int(np.floor(begin)), int(np.ceil(end)))
+        return [(min(cell, n - 1), np.float32(min(end, cell + 1) - max(begin, cell))) for cell in cells]
+
+    out = np.zeros((n_out, n_out, 3), np.float32)
+    for row in range(n_out):
+        for column in range(n_out):
+            for y, height in overlaps(row):
+                for x, width in overlaps(column):
+                    out[row, column] += pixels[y, x].astype(np.float32) * width * height
+    return np.rint(np.clip(out / (step * step), 0, 255)).astype(np.uint8)
+
+
+def resize_whole(pixels: np.ndarray, n_out: int, *, align_corners: bool) -> np.ndarray:  # type: ignore[type-arg]
+    four = np.concatenate([pixels, pixels[:, :, :1]], axis=2)
+    size = (len(pixels), len(pixels))
+    return area_resize(four, size, (0, 0), n_out, Window(0, 0, n_out), align_corners=align_corners)[:, :, :3]
+
+
+@pytest.mark.parametrize("align_corners", [True, False], ids=["aligned", "plain"])
+@pytest.mark.parametrize(("side", "n_out"), [(40, 39), (40, 27), (40, 20), (61, 16), (40, 1), (40, 40)])
+def test_areas_are_averaged_as_tensorflow_1_averages_them(side: int, n_out: int, align_corners: bool) -> None:
+    pixels = np.asarray(noise(side, side))
+    ours = resize_whole(pixels, n_out, align_corners=align_corners)
+    difference = np.abs(ours.astype(int) - slow_area(pixels, n_out, align_corners=align_corners))
+    # Sums in another order round another way where a mean lies at one half: one grey level, in few places (0.4% where
+    # the weights are multiples of 1/27 or 1/39).
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-2
+
+
+@pytest.mark.parametrize("scaled", [40, 39, 33])
+@pytest.mark.parametrize("corner", [(0, 0), (1, 0), (1, 1)], ids=["first", "side", "last"])
+def test_a_crop_is_a_part_of_the_whole_resized_square(scaled: int, corner: tuple[int, int]) -> None:
+    image, size = noise(50, 60), 32
+    x, y = (scaled - size if last else 0 for last in corner)
+    square = np.asarray(image.crop((7, 10, 47, 50)))
+    whole = resize_whole(square, scaled, align_corners=True)
+    pixels = cut(image, Crop(7, 10, 40, scaled, x, y), size, align_corners=True)
+    np.testing.assert_array_equal(pixels, whole[y : y + size, x : x + size])
+
+
+def test_the_corners_of_a_resized_square_are_aligned() -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[-1, -1] = 200
+    pixels = cut(Image.fromarray(image), Crop(0, 0, 100, 64, 32, 32), 32, align_corners=True)
+    assert pixels[-1, -1].tolist() == [200, 200, 200]  # the last pixel stands for itself, repeated beyond the edge
+
+
+def test_pillow_averages_whole_pixels_only_and_lies_far_from_the_areas() -> None:
+    """Why there is a resize of our own: on noise, BOX is tens of grey levels off."""
+    image = noise(100, 100)
+    ours = cut(image, Crop(0, 0, 100, 64, 0, 0), 64, align_corners=True)
+    box = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+    assert np.abs(ours.astype(int) - box).mean() > 10
 
 
 def test_the_same_generator_gives_the_same_crop() -> None:
@@ -169,7 +290,7 @@ def test_the_same_generator_gives_the_same_crop() -> None:
 
 def test_picture_decode_makes_the_fields_of_a_batch() -> None:
     sample = {"image": encode(noise(80, 70)), "caption": "c", "key": "k", "truth": None, "origin": "o"}
-    for augment in (False, True):
-        fields = picture_decode(64, augment=augment)(sample, rng())
+    for options in ({"augment": False}, {"augment": True}, {"augment": True, "listing": 2}):
+        fields = picture_decode(64, **options)(sample, rng())
         assert fields["image"].shape == (64, 64, 3)
         assert (fields["caption"], fields["key"], fields["truth"]) == ("c", "k", None)

@@ -18,6 +18,7 @@ SMALL = {
     "train-tokenizer": ["--vocab_size", "400"],
     "launch/train_dvae.py": SMALL_DVAE,
     "launch/train_prior.py": SMALL_PRIOR,
+    "filter": ["--min_side", "32"],
     "sample": ["--n", "1"],
     "evaluate": ["--n", "4"],
 }
@@ -53,7 +54,7 @@ def test_the_commands_for_your_own_data_run_one_after_the_other(tmp_path):
     for name in ("launch", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     commands = read_commands()
-    assert len(commands) == 12
+    assert len(commands) == 14
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     for line in commands:

@@ -52,6 +52,7 @@ def test_braces_stars_and_joined_patterns_name_shards(three: Path) -> None:
     assert names(expand(f"{three}/*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
     assert names(expand(f"{three}/00002.tar::{three}/00000.tar")) == ["00002.tar", "00000.tar"]
     assert names(expand(f"file://{three}/00000.tar")) == ["00000.tar"]
+    assert names(expand(f"file:{three}")) == ["00000.tar", "00001.tar", "00002.tar"]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,11 @@ def test_a_member_that_comes_twice_starts_a_sample(tmp_path: Path) -> None:
 
 
 def test_compressed_shards_are_read(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "0.tar.gz", [("1.png", b"p")], "w:gz")
-    assert [sample["png"] for sample in read_shard(str(path))] == [b"p"]
+    for kind in ("gz", "bz2", "xz"):
+        path = write_tar(tmp_path / f"0.tar.{kind}", [("1.png", b"p")], f"w:{kind}")
+        assert [sample["png"] for sample in read_shard(str(path))] == [b"p"]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert read_until_fault(path)[1]
 
 
 def test_what_the_writer_writes_is_read_back(tmp_path: Path) -> None:
@@ -122,6 +126,23 @@ def test_a_damaged_header_is_a_fault_and_not_the_end(tmp_path: Path) -> None:
     samples, fault = read_until_fault(tmp_path / "0.tar")
     assert [sample["__key__"] for sample in samples] == ["1"]
     assert "damaged" in fault
+
+
+def test_a_member_cannot_pass_for_what_the_reader_says_of_a_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("1.__key__", b"k"), ("1.png", b"p"), ("1.__url__", b"u")])
+    assert list(read_shard(str(path))) == [
+        {"__key__": "1", "__url__": str(path), "key__": b"k", "png": b"p", "url__": b"u"}
+    ]
+
+
+def test_a_header_that_names_a_length_beyond_the_file_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    member = tarfile.TarInfo("1.png")
+    member.size = 2**27  # less than what is refused unread
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(5000))
+    samples, fault = read_until_fault(path)
+    assert samples == []
+    assert "unexpected end of data" in fault
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>" * 100])

@@ -1,5 +1,6 @@
 """The tokenizer: what survives encoding, dropout that follows its generator, and models that are refused."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle_ds.config import InputError, TokenizerConfig
-from dalle_ds.tokenizer import Tokenizer, train_tokenizer
+from dalle_ds.tokenizer import Tokenizer, draw_evenly, train_tokenizer
 
 CAPTIONS = [
     f"A {size} {colour} {shape} at the {place} of the picture"
@@ -103,3 +104,57 @@ def test_too_small_a_vocabulary_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no caption"):
         train_tokenizer(["", " \n"], TokenizerConfig(vocab_size=340), tmp_path / "t.model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_long_stream_every_caption_is_drawn_as_often_as_any_other() -> None:
+    stream = [str(number) for number in range(60)]
+    counts = np.zeros(60)
+    for seed in range(3_000):
+        kept = draw_evenly(iter(stream), 12, rng(seed))
+        assert len(set(kept)) == 12
+        counts[[int(number) for number in kept]] += 1
+    # Each is drawn with probability 1/5: 600 times, and five standard deviations are 110.
+    assert np.abs(counts - 600).max() < 110
+
+
+def test_a_short_stream_is_kept_whole_and_in_order() -> None:
+    for n in (3, 4, 10**18):
+        assert draw_evenly(iter("abc"), n, rng()) == ["a", "b", "c"]
+    assert draw_evenly(iter(()), 3, rng()) == []
+
+
+def test_a_draw_holds_no_more_than_it_keeps_and_follows_its_seed() -> None:
+    def drawn(seed: int) -> list[str]:
+        return draw_evenly((str(number) for number in range(200_000)), 10, rng(seed))
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    tracemalloc.start()
+    drawn(1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000  # bytes, where the stream itself has ten million
+
+
+def test_training_on_a_draw_is_a_function_of_captions_and_seed(tmp_path: Path) -> None:
+    many = [f"{caption} number {i}" for i in range(20) for caption in CAPTIONS]
+    config = TokenizerConfig(vocab_size=340)
+    models = [
+        train_tokenizer(iter(many), config, tmp_path / "t.model", max_captions=50, seed=seed).sha256
+        for seed in (0, 0, 1)
+    ]
+    assert models[0] == models[1] != models[2]
+
+
+def test_a_caption_longer_than_the_trainer_takes_is_cut_and_not_lost(tmp_path: Path) -> None:
+    long = " ".join(["zebra"] * 2_000)
+    tokenizer = train_tokenizer([long, long], TokenizerConfig(vocab_size=300), tmp_path / "t.model")
+    assert len(tokenizer.encode("zebra")) == 1
+
+
+def test_all_of_the_text_states_but_start_of_text_hold_a_caption(tokenizer: Tokenizer) -> None:
+    long = " ".join(CAPTIONS * 20)
+    tokens, lengths = tokenizer.encode_batch([long], text_len=256, dropout=0.1, rng=rng())
+    assert tokens.shape == (1, 255)
+    assert lengths.tolist() == [255]
+    assert tokens[0].tolist() == tokenizer.encode(long, dropout=0.1, rng=rng())[:255]

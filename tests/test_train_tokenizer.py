@@ -45,6 +45,14 @@ def test_it_reads_a_folder_of_pictures(tmp_path: Path, capsys: pytest.CaptureFix
     assert "left out 1" in printed
 
 
+def test_of_more_captions_than_it_holds_it_draws_some(
+    tmp_path: Path, shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train-tokenizer", "--data", shards, "--out", str(tmp_path / "t.model"), "--vocab_size", "300"]
+    assert main([*arguments, "--max_captions", "4"]) == 0
+    assert "from 9 captions, 4 of them drawn" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("data", "extra", "expected"),
     [
@@ -52,6 +60,8 @@ def test_it_reads_a_folder_of_pictures(tmp_path: Path, capsys: pytest.CaptureFix
         ("{shards}", ["--vocab_size", "40"], "vocab_size 40 is too small"),
         ("{shards}", ["--vocab_size", "5"], "vocab_size 5 must be at least 32"),
         ("{shards}", ["--out", "{shards}"], "is a folder"),
+        ("{shards}", ["--max_captions", "0"], "--max_captions 0 must be at least 1"),
+        ("{shards}", ["--seed", "-1"], "--seed -1 must not be negative"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -178,7 +178,13 @@ def test_every_zero_stage_equals_a_plain_loop_on_any_number_of_ranks(tmp_path, w
 def stop_and_resume(folder, stage):
     from dalle_ds.config import InputError
     from dalle_ds.training.averaging import ParameterAverage
-    from dalle_ds.training.checkpoint import MARKER, complete_checkpoints, load_checkpoint, save_checkpoint
+    from dalle_ds.training.checkpoint import (
+        MARKER,
+        STATE,
+        complete_checkpoints,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.engine import build_engine
 
@@ -186,7 +192,7 @@ def stop_and_resume(folder, stage):
     with process_group() as ranks:
         engine = build_engine(Tiny, ds_config(ranks.world_size, stage), SEED)
         off = ParameterAverage(engine, decay=0.0)
-        save = (1, lambda step: save_checkpoint(engine, run, step, {"rank": ranks.rank, "step": step}, 2, off))
+        save = (1, lambda step: save_checkpoint(engine, run, step, {"reader": step}, 2, off))
         run_training(engine, run, steps=3, actions=[save])
         kept = [path.name for path in complete_checkpoints(run)]
         engine.destroy()
@@ -203,6 +209,12 @@ def stop_and_resume(folder, stage):
         torch.distributed.barrier()
         with pytest.raises(InputError, match="written by 64 processes and this run has 2"):
             load_checkpoint(other, marker.parent, off)
+        torch.distributed.barrier()
+        if ranks.is_first:
+            (marker.parent / STATE).unlink()
+        torch.distributed.barrier()
+        with pytest.raises(InputError, match="written by an earlier version"):
+            load_checkpoint(other, marker.parent, off)
         other.destroy()
     return kept, start, state, content, weights
 
@@ -212,10 +224,10 @@ def stop_and_resume(folder, stage):
 def test_a_resumed_run_ends_where_an_unbroken_one_does_and_old_checkpoints_go(tmp_path, stage):
     by_rank = run_distributed(stop_and_resume, 2, tmp_path, stage)
     losses, weights = plain_loop()
-    for rank, (kept, start, state, content, _) in enumerate(by_rank):
+    for kept, start, state, content, _ in by_rank:
         assert kept == ["step-00000002", "step-00000003"]
         assert start == 3
-        assert state == {"rank": rank, "step": 3}
+        assert state == {"reader": 3}
         assert content == {"step": 3, "world_size": 2}
     assert logged(tmp_path) == pytest.approx(losses, abs=LOSS_TOLERANCE)
     for name, tensor in weights.items():
@@ -302,7 +314,7 @@ def save_onto_bad_disks(folder):
 @pytest.mark.slow
 def test_a_full_disk_leaves_no_half_checkpoint_and_the_older_one(tmp_path):
     [(seen, outcomes, left)] = run_distributed(save_onto_bad_disks, 1, tmp_path)
-    assert seen == [["engine", "model.safetensors", "rank-00000.json"]], "the marker comes after all else"
+    assert seen == [["engine", "model.safetensors", "state.json"]], "the marker comes after all else"
     assert left == ["step-00000001"]
     for kind, message in outcomes[:2]:
         assert kind == "InputError"

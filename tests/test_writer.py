@@ -116,3 +116,11 @@ def test_a_full_device_is_noticed_even_when_the_buffer_hides_it_until_the_file_i
     with pytest.raises(InputError, match="the disk is full"):
         write(tmp_path, 1)
     assert os.listdir(tmp_path) == []
+
+
+def test_overwriting_shards_removes_their_index(tmp_path):
+    for text in (b"old", b"new"):
+        with ShardWriter(tmp_path, 1, overwrite=True) as writer:
+            writer.write({"txt": text})
+        assert not (tmp_path / "index.jsonl").exists()
+        (tmp_path / "index.jsonl").write_text("")

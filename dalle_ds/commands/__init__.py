@@ -4,6 +4,8 @@
 COMMANDS = {
     "doctor": "say what works on this machine, and what to do where something does not",
     "make-scenes": "make a data set of captioned pictures, with a list of held-out combinations",
+    "filter": "write clean shards, and a report of what each filter dropped",
+    "index": "write the counts, places and checksums of shards beside them, so that reading can seek and check",
     "train-tokenizer": "train the caption tokenizer (byte-pair encoding)",
     "train-dvae": "stage 1: train the discrete VAE that turns pictures into tokens",
     "import-dvae": "make a run folder out of the released dVAE weights, or of exported ones",

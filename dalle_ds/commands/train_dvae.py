@@ -118,8 +118,8 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     schedule, data, size = config.schedule, config.data, config.model.image_size
     values_per_cell = N_COLOURS * (size // config.model.grid_size) ** 2
     places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
-    train_source = open_source(data.train)
-    validation_source = open_source(data.validation) if data.validation else None
+    train_source = open_source(data.train, data.read)
+    validation_source = open_source(data.validation, data.read) if data.validation else None
 
     def scalars(step: int) -> dict[str, float]:
         return {

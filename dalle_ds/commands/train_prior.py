@@ -5,13 +5,17 @@
         --out runs/prior
 
 The data are token shards (`dalle-ds encode-images`); vocabulary and grid sizes are taken from them and from the
-tokenizer. The same script runs as one process with plain `python`. `--resume auto` goes on with the run in --out.
+tokenizer. With `--from_pixels true --dvae runs/dvae` they are captioned pictures instead, which the frozen dVAE encodes
+as training goes: slower, and every epoch sees other crops. The same script runs as one process with plain `python`.
+`--resume auto` goes on with the run in --out.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dalle_ds.config import InputError
+from dalle_ds.config import InputError, require
 from dalle_ds.flags import add_flags, add_training_arguments, apply_flags
 from dalle_ds.presets import PRESETS, find_preset
 
@@ -22,12 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dalle_ds.config import PriorTraining
+    from dalle_ds.data.pipeline import Decode
+    from dalle_ds.data.sources import Source
     from dalle_ds.data.token_shards import TokenManifest
     from dalle_ds.tokenizer import Tokenizer
     from dalle_ds.training.distributed import Ranks
     from dalle_ds.training.session import Stage
 
 N_SHOWN = 12
+# Pictures that are encoded before training from pixels begins, to see that their tokens differ.
+N_CHECKED = 32
 TOKENIZER_FILE = "tokenizer.model"
 
 
@@ -44,16 +52,15 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
     from pathlib import Path
 
-    from dalle_ds.config import require
-    from dalle_ds.data.token_shards import read_manifest
     from dalle_ds.tokenizer import Tokenizer
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.session import train_stage
 
     config = apply_flags(find_preset(args.preset).prior, args)
     require(bool(config.data.train), "--data.train is missing: name a folder of token shards")
+    require(bool(args.dvae) or not config.from_pixels, "--from_pixels needs the dVAE that encodes: give --dvae")
     tokenizer = Tokenizer.load(args.tokenizer)
-    manifest = read_manifest(config.data.train)
+    manifest = find_manifest(config, args.dvae)
     model = dataclasses.replace(
         config.model,
         text_vocab_size=tokenizer.vocab_size,
@@ -61,11 +68,99 @@ def run(args: argparse.Namespace) -> None:
         grid_size=manifest.grid_size,
     )
     out = Path(args.out)
-    if args.dvae:
-        check_dvae(args.dvae, manifest, config.data.train)
     with process_group() as ranks:
         stage = make_stage(dataclasses.replace(config, model=model), tokenizer, ranks, out, args.dvae or manifest.dvae)
         train_stage(stage, ranks, out=out, resume=args.resume, deepspeed_config=args.deepspeed_config)
+
+
+def find_manifest(config: "PriorTraining", dvae: str) -> "TokenManifest":
+    """What the image tokens are: of the token shards, or of the dVAE that encodes the pictures."""
+    from dalle_ds.data.token_shards import TokenManifest, read_manifest
+    from dalle_ds.models.weights import fingerprint, load_dvae
+
+    if not config.from_pixels:
+        manifest = read_manifest(config.data.train)
+        if dvae:
+            check_dvae(dvae, manifest, config.data.train)
+        return manifest
+    sizes = load_dvae(dvae).config
+    return TokenManifest(
+        n_samples=0,
+        grid_size=sizes.grid_size,
+        vocab_size=sizes.vocab_size,
+        dvae=dvae,
+        dvae_sha256=fingerprint(dvae, "dvae"),
+    )
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Where image tokens come from: token shards, or pictures through the frozen dVAE."""
+
+    manifest: "TokenManifest"
+    train: "Source"
+    validation: "Source | None"
+    train_decode: "Decode"
+    decode: "Decode"
+    """without augmentation, for validation and samples"""
+    codes: "Callable[[dict[str, Any]], Tensor]"
+    """batch -> tokens [B, image_len]"""
+
+
+def read_tokens(config: "PriorTraining") -> ImageTokens:
+    """Image tokens as token shards hold them. Raises InputError when validation has those of another dVAE."""
+    import torch
+
+    from dalle_ds.data.token_shards import open_token_source, token_decode
+
+    data = config.data
+    train, manifest = open_token_source(data.train, data.read)
+    validation = None
+    if data.validation:
+        validation, other = open_token_source(data.validation, data.read)
+        if other.dvae_sha256 != manifest.dvae_sha256:
+            raise InputError(
+                f"{data.validation}: its tokens are of another dVAE than those of {data.train}; encode both with one"
+            )
+    decode = token_decode(manifest)
+    return ImageTokens(
+        manifest, train, validation, decode, decode, lambda batch: torch.from_numpy(batch["codes"]).flatten(1)
+    )
+
+
+def encode_pictures(config: "PriorTraining", dvae_path: str, ranks: "Ranks") -> ImageTokens:
+    """Image tokens of pictures, made as they are needed. Raises InputError when they do not follow the pictures."""
+    import torch
+
+    from dalle_ds.data.images import picture_decode
+    from dalle_ds.data.pipeline import Reader
+    from dalle_ds.data.sources import open_source
+    from dalle_ds.models.code_check import CodeCheck
+    from dalle_ds.models.weights import load_dvae
+
+    data = config.data
+    dvae = load_dvae(dvae_path).requires_grad_(False)
+    dvae = dvae.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size, check = dvae.config.image_size, CodeCheck()
+
+    def codes(batch: dict[str, Any]) -> "Tensor":
+        images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).to(ranks.device)
+        tokens: Tensor = dvae.encode(images)
+        check.see(images, tokens)
+        return tokens.flatten(1)
+
+    train = open_source(data.train, data.read)
+    decode = picture_decode(size, augment=False)
+    with Reader(train, decode, N_CHECKED, epochs=1, drop_last=False) as reader:
+        codes(next(reader))  # the same pictures on every rank, so that all refuse together
+    return ImageTokens(
+        find_manifest(config, dvae_path),
+        train,
+        open_source(data.validation, data.read) if data.validation else None,
+        picture_decode(size, augment=config.augment, listing=2),
+        decode,
+        codes,
+    )
 
 
 def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", out: "Path", dvae: str) -> "Stage":
@@ -78,7 +173,6 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
 
     from dalle_ds.data.pipeline import Reader, training_reader
     from dalle_ds.data.skips import SkipLog
-    from dalle_ds.data.token_shards import open_token_source, token_decode
     from dalle_ds.models.prior import Prior
     from dalle_ds.training.metrics import mean_over_ranks
     from dalle_ds.training.schedules import warmup_cosine
@@ -86,21 +180,14 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
 
     schedule, data = config.schedule, config.data
     places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
-    train_source, manifest = open_token_source(data.train)
-    validation_source = None
-    if data.validation:
-        validation_source, other = open_token_source(data.validation)
-        if other.dvae_sha256 != manifest.dvae_sha256:
-            raise InputError(
-                f"{data.validation}: its tokens are of another dVAE than those of {data.train}; encode both with one"
-            )
+    image_tokens = encode_pictures(config, dvae, ranks) if config.from_pixels else read_tokens(config)
+    manifest = image_tokens.manifest
 
     def to_tensors(batch: dict[str, Any], dropout: float, seed: int) -> tuple["Tensor", "Tensor", "Tensor"]:
         tokens, lengths = tokenizer.encode_batch(
             batch["caption"], config.model.text_len, dropout=dropout, rng=np.random.default_rng(seed)
         )
-        codes = torch.from_numpy(batch["codes"]).flatten(1)
-        arrays = (torch.from_numpy(tokens), torch.from_numpy(lengths), codes)
+        arrays = (torch.from_numpy(tokens), torch.from_numpy(lengths), image_tokens.codes(batch))
         return tuple(array.to(ranks.device) for array in arrays)  # type: ignore[return-value]
 
     def make_step(engine: Any) -> Any:
@@ -128,7 +215,7 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         from dalle_ds.models.weights import load_dvae
         from dalle_ds.reporting.grid import make_grid
 
-        batch = next(Reader(validation_source or train_source, token_decode(manifest), N_SHOWN))
+        batch = next(Reader(image_tokens.validation or image_tokens.train, image_tokens.decode, N_SHOWN))
         tokens, lengths, _ = to_tensors(batch, 0.0, 0)
         codes = sample_tokens(model, tokens, lengths, SamplingConfig(), sample_seeds=range(N_SHOWN))  # type: ignore[arg-type]
         if path is None:
@@ -142,15 +229,15 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         config=config,
         build_model=lambda: Prior(config.model, checkpoint_activations=config.checkpoint_activations),
         open_reader=training_reader(
-            train_source,
-            token_decode(manifest),
+            image_tokens.train,
+            image_tokens.train_decode,
             data,
             seed=config.loop.seed,
             log=SkipLog(out / "skipped.jsonl"),
             **places,
         ),
-        open_validation=functools.partial(Reader, validation_source, token_decode(manifest), **places)
-        if validation_source
+        open_validation=functools.partial(Reader, image_tokens.validation, image_tokens.decode, **places)
+        if image_tokens.validation
         else None,
         step=make_step,
         validate=validate,

@@ -62,7 +62,7 @@ def _read_shard(url: str) -> Iterator[PictureFile]:
     try:
         for sample in tar_shards.read_shard(url):
             content = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-            reason = f"no picture ({', '.join(IMAGE_EXTENSIONS)})" if content is None else ""
+            reason = f"no picture ({', '.join(IMAGE_EXTENSIONS)})" if content is None else sample.get("__refused__", "")
             yield PictureFile(f"{url}/{sample['__key__']}", content or b"", reason)
     except BadSample as error:
         yield PictureFile(url, b"", str(error))

@@ -10,6 +10,11 @@ class BadSample(ValueError):
     """A sample that cannot be used; the message is the reason that the log shows."""
 
 
+def printable(text: str) -> str:
+    """`text` as it may be shown on a terminal and written as UTF-8, whatever a stranger named a file."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class SkipLog:
     """Counts what was left out and names each once, in `path` (JSON lines, made at the first one) when there is one.
 
@@ -35,10 +40,11 @@ class SkipLog:
             return
         self._seen.add(seen)
         self.reasons[reason] += 1
-        self.first = self.first or f"{key or 'shard'} of {origin}: {reason}"
+        self.first = self.first or printable(f"{key or 'shard'} of {origin}: {reason}")
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            # Names of files need not be UTF-8.
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps({"key": key, "origin": origin, "reason": reason}, ensure_ascii=False) + "\n")
 
     def summary(self) -> str:

@@ -8,21 +8,25 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dalle_ds.config import InputError, require
+from dalle_ds.config import InputError, ReadConfig, require
 from dalle_ds.data import shards as tar_shards
+from dalle_ds.data.mixture import is_mixture, read_mixture
 from dalle_ds.data.pipeline import Decode
-from dalle_ds.data.skips import BadSample, SkipLog
-from dalle_ds.data.sources import Sample, Source, parse_caption, parse_truth
+from dalle_ds.data.retrying import retrying
+from dalle_ds.data.skips import BadSample
+from dalle_ds.data.sources import Sample, Source, mixed_source, parse_caption, parse_truth, shard_source
+from dalle_ds.data.store import Transient, Unreadable
 from dalle_ds.flags import from_dict
 
 MANIFEST = "manifest.json"
+NO_TOKENS = "no image tokens (.npy)"
 REMEDY = "make token shards with dalle-ds encode-images"
 
 
@@ -45,7 +49,8 @@ class TokenManifest:
 def write_manifest(folder: str | Path, manifest: TokenManifest) -> None:
     """Writes manifest.json beside the shards; do it last, for it marks them as complete."""
     path = Path(folder) / MANIFEST
-    partial = path.with_name(f".{MANIFEST}.{os.getpid()}.partial")
+    # Two processes may be the last to finish, on two machines.
+    partial = path.with_name(f".{MANIFEST}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -58,11 +63,8 @@ def read_manifest(data: str) -> TokenManifest:
 
     Raises InputError when there is none, when it does not parse, or when shards of several folders disagree.
     """
-    if os.path.isdir(data):
-        folders = [data]
-    else:
-        shards = tar_shards.expand(data)
-        folders = sorted({os.path.dirname(tar_shards.local_path(shard)) or "." for shard in shards})
+    named = [entry.data for entry in read_mixture(data)] if is_mixture(data) else [data]
+    folders = sorted({folder for one in named for folder in _folders_of(one)})
     first, *others = [_read_one_manifest(folder) for folder in folders]
     for folder, other in zip(folders[1:], others, strict=True):
         if dataclasses.replace(other, n_samples=0, dvae="") != dataclasses.replace(first, n_samples=0, dvae=""):
@@ -70,13 +72,22 @@ def read_manifest(data: str) -> TokenManifest:
     return dataclasses.replace(first, n_samples=first.n_samples + sum(other.n_samples for other in others))
 
 
+def _folders_of(data: str) -> list[str]:
+    if os.path.isdir(data):
+        return [data]
+    return [os.path.dirname(tar_shards.local_path(shard)) or "." for shard in tar_shards.expand(data)]
+
+
 def _read_one_manifest(folder: str) -> TokenManifest:
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
+    path = f"{folder.rstrip('/')}/{MANIFEST}"
+    try:
+        content = retrying(ReadConfig())(tar_shards.store_of(path, ReadConfig()).read_small, path)
+    except (Transient, Unreadable) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if content is None:
         raise InputError(f"{folder}: not token shards (no {MANIFEST}): {REMEDY}")
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        values = json.loads(content)
         if not isinstance(values, dict):
             raise TypeError("no JSON object")
         return from_dict(TokenManifest, values, path)
@@ -86,42 +97,27 @@ def _read_one_manifest(folder: str) -> TokenManifest:
         raise InputError(f"{path}: not a manifest of token shards ({error}): {REMEDY}") from None
 
 
-def open_token_source(data: str) -> tuple[Source, TokenManifest]:
-    """The source of token shards that `data` names (a folder or a pattern), and its manifest. Raises InputError."""
+def open_token_source(data: str, config: ReadConfig | None = None) -> tuple[Source, TokenManifest]:
+    """The source of token shards that `data` names (a folder, a pattern or a mixture), and its manifest.
+
+    Raises InputError.
+    """
     manifest = read_manifest(data)
-    source = Source(tar_shards.expand(data), read_tokens)
+    if is_mixture(data):
+        entries = read_mixture(data)
+        sources = [open_token_source(entry.data, config)[0] for entry in entries]
+        return mixed_source(sources, [entry.weight for entry in entries]), manifest
+    source = shard_source(data, config or ReadConfig(), parse_tokens, {NO_TOKENS: ("image tokens (.npy)", REMEDY)})
     next(source.read(source.parts[0]), None)
     return source, manifest
 
 
-def read_tokens(url: str, log: SkipLog) -> Iterator[Sample]:
-    """Yields {"key", "codes": bytes of an .npy, "caption", "truth", "origin"} of each sample of one token shard.
-
-    Raises InputError when the whole shard holds no tokens.
-    """
-    n_seen, n_tokens = 0, 0
-    raw_samples = tar_shards.read_shard(url)
-    while True:
-        try:
-            raw = next(raw_samples)
-        except StopIteration:
-            break
-        except tar_shards.BrokenShard as fault:
-            log.add("", url, str(fault))
-            return
-        n_seen += 1
-        n_tokens += "npy" in raw
-        try:
-            if "npy" not in raw:
-                raise BadSample("no image tokens (.npy)")
-            truth = parse_truth(raw.get("json"))
-            caption = parse_caption(raw.get("txt"), truth)
-        except BadSample as error:
-            log.add(raw["__key__"], url, str(error))
-            continue
-        yield {"key": raw["__key__"], "codes": raw["npy"], "caption": caption, "truth": truth, "origin": url}
-    if n_seen and not n_tokens:
-        raise InputError(f"{url}: no sample has image tokens (.npy): {REMEDY}")
+def parse_tokens(raw: dict[str, Any]) -> Sample:
+    """{"codes": bytes of an .npy, "caption", "truth"} of a sample of a token shard. Raises BadSample."""
+    if "npy" not in raw:
+        raise BadSample(NO_TOKENS)
+    truth = parse_truth(raw.get("json"))
+    return {"codes": raw["npy"], "caption": parse_caption(raw.get("txt"), truth), "truth": truth}
 
 
 def encode_codes(codes: Any) -> bytes:

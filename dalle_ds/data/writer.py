@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dalle_ds.config import FULL_DISK, InputError, require
+from dalle_ds.data.index import INDEX
 
 MAX_SAMPLES_PER_SHARD = 10_000  # a key is 5 digits of shard and 4 of index
 PARTIAL = ".{}.tar.partial"
@@ -64,6 +65,9 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (*old, *self.folder.glob(PARTIAL.format("*"))):
             path.unlink()
+        if old:
+            # The index of the shards that were removed.
+            (self.folder / INDEX).unlink(missing_ok=True)
         return self
 
     def write(self, sample: Mapping[str, bytes], key: str | None = None) -> None:

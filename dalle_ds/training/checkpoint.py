@@ -1,4 +1,4 @@
-"""Checkpoints of a run: DeepSpeed's shards, the whole weights and their average, each rank's own state, and a marker.
+"""Checkpoints of a run: DeepSpeed's shards, the whole weights and their average, where the data are, and a marker.
 
 checkpoints/step-00000500/ is complete when it holds complete.json, which is written last.
 """
@@ -18,6 +18,7 @@ from dalle_ds.training.engine import Engine, gather_weights
 MARKER = "complete.json"
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
+STATE = "state.json"
 ENGINE_TAG = "engine"
 # Free bytes under which a failed write is put down to a full disk: what is left is less than a file's next block.
 FULL_BELOW = 2**20
@@ -26,9 +27,9 @@ OTHERS_SPEAK = 10.0
 
 
 def save_checkpoint(
-    engine: Engine, run: Path, step: int, rank_state: dict[str, Any], keep: int, average: ParameterAverage
+    engine: Engine, run: Path, step: int, state: dict[str, Any], keep: int, average: ParameterAverage
 ) -> Path:
-    """Writes checkpoint `step` of the run with this rank's `rank_state`, then drops all but the newest `keep`.
+    """Writes checkpoint `step` of the run with `state`, the same on all ranks, then drops all but the newest `keep`.
 
     When writing fails nothing half-written stays; a full disk is an InputError.
     """
@@ -38,7 +39,7 @@ def save_checkpoint(
         folder.mkdir(parents=True)
     dist.barrier()
     try:
-        _write(engine, folder, step, rank_state, average)
+        _write(engine, folder, step, state, average)
     except BaseException as error:
         others_fault = isinstance(error, Exception) and not folder.exists()
         full = getattr(error, "errno", None) in FULL_DISK
@@ -63,14 +64,14 @@ def save_checkpoint(
     return folder
 
 
-def _write(engine: Engine, folder: Path, step: int, rank_state: dict[str, Any], average: ParameterAverage) -> None:
-    """The files of a checkpoint, the marker last, when every rank has written its own."""
+def _write(engine: Engine, folder: Path, step: int, state: dict[str, Any], average: ParameterAverage) -> None:
+    """The files of a checkpoint, the marker last, when every rank has written what is its own."""
     from safetensors.torch import save_file
 
     engine.save_checkpoint(str(folder), tag=ENGINE_TAG, client_state={"step": step}, save_latest=False)
-    (folder / f"rank-{dist.get_rank():05d}.json").write_text(json.dumps(rank_state))
     weights = gather_weights(engine)
     if dist.get_rank() == 0:
+        (folder / STATE).write_text(json.dumps(state))
         save_file(weights, folder / WEIGHTS)
     del weights
     average.save(folder / AVERAGED)
@@ -80,7 +81,15 @@ def _write(engine: Engine, folder: Path, step: int, rank_state: dict[str, Any], 
 
 
 def load_checkpoint(engine: Engine, folder: Path, average: ParameterAverage) -> tuple[int, dict[str, Any]]:
-    """Restores engine and average from a complete checkpoint; returns its step and this rank's state."""
+    """Restores engine and average from a complete checkpoint; returns its step and its state.
+
+    Raises InputError when it is of another number of processes, or of a version that kept its state otherwise.
+    """
+    if not (folder / STATE).exists():
+        raise InputError(
+            f"{folder} was written by an earlier version, which kept the place in the data for each process: "
+            "go on with that version, or choose a new --out"
+        )
     marker = json.loads((folder / MARKER).read_text())
     if marker["world_size"] != dist.get_world_size():
         raise InputError(
@@ -89,8 +98,7 @@ def load_checkpoint(engine: Engine, folder: Path, average: ParameterAverage) -> 
         )
     engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     average.load(folder / AVERAGED)
-    state = json.loads((folder / f"rank-{dist.get_rank():05d}.json").read_text())
-    return marker["step"], state
+    return marker["step"], json.loads((folder / STATE).read_text())
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

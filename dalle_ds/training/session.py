@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,12 +28,13 @@ VERSIONED = ("torch", "deepspeed", "triton", "numpy")
 
 
 class Reader(Protocol):
-    """An iterator over batches that knows where it is."""
+    """An iterator over batches that knows where it is, in one state for all ranks, and stops its threads on `close`."""
 
     def __next__(self) -> Batch: ...
     def __iter__(self) -> Iterator[Batch]: ...
-    def state_dict(self) -> dict[str, int]: ...
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
         save_checkpoint(engine, out, step, {"reader": reader.state_dict()}, loop.keep, average)
 
     began = time.time()
-    with training_progress(stage.kind, loop.steps, start, shown=ranks.is_first) as progress:
+    with closing(reader), training_progress(stage.kind, loop.steps, start, shown=ranks.is_first) as progress:
         train(
             engine,
             stage.step(engine),
