@@ -125,12 +125,13 @@ def check_gate(config: PriorConfig, device: str) -> None:
 
     def outputs() -> list[Tensor]:
         loss = prior(*batch)["loss"]
-        return [loss.detach(), *torch.autograd.grad(loss, list(prior.parameters()))]
+        # All gradients as one vector: that of the keys' bias is 0, and what rounding leaves of it means nothing.
+        return [loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(prior.parameters()))])]
 
     sparse = outputs()
     with dense_attention():
         dense = outputs()
-    worst = max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(sparse, dense, strict=True))
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(sparse, dense, strict=True))
     if not worst < GATE_ERROR:
         raise SystemExit(
             f"red gate: the sparse step differs from the dense reference by {worst:.1e}; no speed is shown"
