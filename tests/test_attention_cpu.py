@@ -67,8 +67,9 @@ def test_values_and_gradients_equal_the_reference(path, mask, dtype):
 
 @pytest.mark.parametrize("kind", WINDOWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_full_size_takes_two_sets_of_keys_and_equals_the_reference(kind, dtype):
+def test_full_size_takes_two_sets_of_keys_and_equals_the_reference(kind, dtype, monkeypatch):
     """256 text states and 32 x 32 image states, and heads that are shared out in several parts."""
+    monkeypatch.setattr(cpu, "PART_BYTES_SHARED", cpu.PART_BYTES)
     mask = Mask(kind=kind, text_len=256, grid_height=32, grid_width=32)
     assert cpu.is_local(mask)
     q, k, v, do = draw(mask, dtype, B=1, H=5, D=64)

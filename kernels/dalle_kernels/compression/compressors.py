@@ -1,0 +1,16 @@
+"""The compressors by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dalle_kernels.compression.base import Compressor, NoCompression
+from dalle_kernels.compression.factors import PowerSGDOptions
+from dalle_kernels.compression.powersgd import PowerSGD
+
+
+def _powersgd(**options: Any) -> Compressor:
+    return PowerSGD(PowerSGDOptions(**options))
+
+
+# Name -> what makes it of its options.
+COMPRESSORS: Mapping[str, Callable[..., Compressor]] = {"none": NoCompression, "powersgd": _powersgd}

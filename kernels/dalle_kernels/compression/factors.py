@@ -1,0 +1,191 @@
+"""Same-shaped matrices of one resblock on their way through PowerSGD: the steps of Appendix E.2, one method each.
+
+P has the shorter side of the matrix, whichever that is, because orthogonalisation is the cheaper for it: for matrices
+that are taller than wide everything is done to their transposes.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle_kernels.compression.base import check_choice
+from dalle_kernels.compression.errors import ERROR_BUFFERS
+from dalle_kernels.compression.orthogonalize import EPSILON, orthogonalize
+from dalle_kernels.compression.wire import WIRES
+
+STARTS = ("fixed", "warm", "resampled")
+# Takes P and Q, whose entries are about as large as norms of rows, to the middle of 1-6-9's range: up to 1,000, normal
+# down to 2**-52. The paper chooses such constants by hand (Appendix D).
+FACTOR_SCALE = 2.0**-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSGDOptions:
+    """How to compress. `matrix_rank` is that of a whole matrix: each of `n_shards` shards gets its part of it.
+
+    `start`: Q0 is "fixed", the last Q ("warm"), or "resampled" at each update; the last two are there to compare.
+    `wire` and `errors` are the formats in which factors travel and errors are kept, `p_scale` and `q_scale` what
+    factors are multiplied by meanwhile. Shards of one matrix may differ in `seed`; machines must not.
+    """
+
+    matrix_rank: int
+    n_shards: int = 1
+    seed: int = 0
+    start: str = "fixed"
+    epsilon: float = EPSILON
+    error_feedback: bool = True
+    wire: str = "1-6-9"
+    errors: str = "1-6-9"
+    p_scale: float = FACTOR_SCALE
+    q_scale: float = FACTOR_SCALE
+
+    def __post_init__(self) -> None:
+        if self.n_shards < 1 or self.matrix_rank < 1 or self.matrix_rank % self.n_shards:
+            raise ValueError(f"matrix_rank {self.matrix_rank} must be a positive multiple of n_shards {self.n_shards}")
+        for name in ("p_scale", "q_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
+        check_choice("start", self.start, STARTS)
+        check_choice("wire", self.wire, WIRES)
+        check_choice("errors", self.errors, ERROR_BUFFERS)
+
+    @property
+    def shard_rank(self) -> int:
+        return self.matrix_rank // self.n_shards
+
+
+def n_factor_entries(rows: int, columns: int, shard_rank: int) -> int:
+    """Entries of P and Q of one matrix, or shard of one: what is sent for it."""
+    return min(shard_rank, rows, columns) * (rows + columns)
+
+
+class Batch:
+    """Same-shaped matrices of one resblock [n, rows, columns], or [n, short, long] as they are compressed."""
+
+    gradients: list[Tensor]
+    p: Tensor  # [n, short, shard_rank], orthonormal columns
+    q: Tensor  # [n, long, shard_rank]
+
+    def __init__(self, names: tuple[str, ...], zeros: Tensor, options: PowerSGDOptions) -> None:
+        """`zeros` has the shape, dtype and device of the error buffer, and becomes that where it is kept in full."""
+        self.names, self.options = names, options
+        _, rows, columns = zeros.shape
+        self.is_transposed = rows > columns
+        self.shape = max(rows, columns), min(options.shard_rank, rows, columns)  # of Q
+        self.device, self.dtype = zeros.device, zeros.dtype
+        self.errors = ERROR_BUFFERS[options.errors](zeros)
+        self.start = self._draw(0)
+        self.gradients_finite = torch.ones(len(names), dtype=torch.bool, device=zeros.device)
+        self.errors_finite = self.factors_finite = self.gradients_finite
+
+    def _draw(self, draw: int) -> Tensor:
+        """Q0 [n, long, shard_rank], Gaussian: a function of seed, name and number of the draw."""
+        draws = []
+        for name in self.names:
+            seed = zlib.crc32(f"{self.options.seed} {draw} {name}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            # In float32 on the CPU: the same numbers for every device and dtype.
+            draws.append(torch.randn(self.shape, generator=generator))
+        return torch.stack(draws).to(self.device, self.dtype)
+
+    def take_state(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Takes its own out of a state's errors and, where there are any, starts."""
+        for name in self.names:
+            if name not in state["errors"]:
+                raise ValueError(f"{name} has no error buffer in the state; resume with the model that was saved")
+        errors = torch.stack([state["errors"].pop(name) for name in self.names]).to(self.device, self.dtype)
+        if errors.shape != self.errors.load().shape:
+            shape = tuple(self.errors.load().shape[1:])
+            raise ValueError(
+                f"{self.names[0]} of shape {shape} has an error buffer of {tuple(errors.shape[1:])} in the state"
+            )
+        self.errors.store(errors)
+        if self.options.start == "warm" and state["starts"]:
+            self.start = torch.stack([state["starts"].pop(name) for name in self.names]).to(self.device, self.dtype)
+
+    def add(self, gradients: list[Tensor]) -> None:
+        """Step 2: into the error buffer, unless it is not finite."""
+        # One pass that keeps nothing; a norm that overflows is as bad as an infinite entry.
+        finite = torch.stack(
+            [torch.linalg.vector_norm(gradient, dtype=self.dtype).isfinite() for gradient in gradients]
+        )
+        values = self.errors.load()
+        for value, gradient, is_finite in zip(values, gradients, finite, strict=True):
+            value.add_(_where(is_finite, gradient))
+        self.errors.store(values)
+        self.gradients_finite = self.gradients_finite & finite
+
+    def make_p(self, n_updates: int) -> Tensor:
+        """Step 3. A row of M that is not finite makes a row of P that is not, so P tells of both."""
+        if self.options.start == "resampled":
+            self.start = self._draw(n_updates)
+        p = self._matrices() @ self.start
+        self.errors_finite = p.isfinite().flatten(1).all(1)
+        return p
+
+    def take_p(self, p: Tensor) -> None:
+        """Steps 4 and 5."""
+        self.factors_finite = p.isfinite().flatten(1).all(1)
+        self.p = orthogonalize(_clamp(p), self.options.epsilon)
+
+    def make_q(self) -> Tensor:
+        """Step 6."""
+        return self._matrices().mT @ self.p
+
+    def take_q(self, q: Tensor) -> None:
+        """Step 7."""
+        self.factors_finite = self.factors_finite & q.isfinite().flatten(1).all(1)
+        self.q = _clamp(q)
+
+    def local_flags(self) -> Tensor:
+        """1 for each matrix that is not finite on this machine."""
+        return (~(self.gradients_finite & self.errors_finite)).to(self.dtype)
+
+    def squared_norm(self) -> Tensor:
+        """Step 9: that of P Q^T, because P has orthonormal columns."""
+        return self.q.square().sum()
+
+    def decompress(self) -> None:
+        """Steps 11 and 12: P Q^T into the gradients, and out of the error buffer."""
+        values = self.errors.load()
+        left, right = (self.q, self.p) if self.is_transposed else (self.p, self.q)
+        for i, gradient in enumerate(self.gradients):
+            if gradient.dtype == self.dtype:
+                torch.mm(left[i], right[i].T, out=gradient)
+            else:
+                gradient.copy_(left[i] @ right[i].T)
+            _subtract_(values[i], gradient, self.factors_finite[i], self.errors_finite[i])
+        self.errors.store(values if self.options.error_feedback else values.zero_())
+        if self.options.start == "warm":
+            self.start = torch.where(self.factors_finite[:, None, None], self.q, self.start)
+        self.gradients_finite = torch.ones_like(self.gradients_finite)
+        self.gradients = []
+
+    def _matrices(self) -> Tensor:
+        """M [n, short, long]."""
+        values = self.errors.load()
+        return values.mT if self.is_transposed else values
+
+
+def _where(condition: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor where the condition [] holds, else zero. On a CPU to ask is free, on a GPU it would be to wait."""
+    if condition.is_cpu:
+        return tensor if condition else torch.zeros((), dtype=tensor.dtype)
+    return torch.where(condition, tensor, 0)
+
+
+def _subtract_(error: Tensor, gradient: Tensor, factors_finite: Tensor, error_finite: Tensor) -> None:
+    """Step 12, the rules for the error of one matrix."""
+    if factors_finite.is_cpu and factors_finite:
+        error.sub_(gradient)
+    else:
+        kept = torch.where(error_finite, error, 0)
+        error.copy_(torch.where(factors_finite, error - gradient, kept))
+
+
+def _clamp(factor: Tensor) -> Tensor:
+    """Infinities as the largest number; NaN, which they may have made, as 0."""
+    return torch.nan_to_num(factor, nan=0.0)
