@@ -14,9 +14,6 @@ import datetime
 import functools
 import math
 import multiprocessing
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from parts.measuring import describe_machine
 from rich.progress import track
 from torch import Tensor
 
@@ -247,15 +245,11 @@ def reconstruction(dvae: DVAE, mapped: Tensor, weights: Tensor) -> float:
 
 def report(results: Sequence[Result], settings: Settings, plot: str, seconds: float) -> str:
     """The whole page: machine, setting, claims against what was seen, figures of each arm."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return "\n".join(
         [
             f"# What the paper says of the dVAE's training, {datetime.datetime.now(tz=datetime.timezone.utc).date()}",
             "",
-            f"Machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
-            f"{platform.python_version()}, torch {torch.__version__}, commit {commit or 'unknown'}. "
+            f"Machine: {describe_machine()}. "
             f"{seconds / 60:.1f} minutes; one training "
             f"{np.median([result.seconds for result in results]):.0f} s of CPU (median).",
             "",
