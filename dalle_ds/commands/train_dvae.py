@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from dalle_ds.training.session import Stage
 
 N_SHOWN, N_CODEBOOK = 16, 512
-N_COLOURS = 3
 WARM_START = "warm_start"
 WARM_START_FINAL_LR = 0.1
-SHARDED_WEIGHTS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from dalle_ds.config import require, stretched
     from dalle_ds.training.deepspeed_config import load_deepspeed_config, zero_stage
     from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.engine import SHARDED_WEIGHTS
     from dalle_ds.training.run import open_run
     from dalle_ds.training.session import train_stage
 
@@ -108,7 +107,7 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     from dalle_ds.data.skips import SkipLog
     from dalle_ds.data.sources import open_source
     from dalle_ds.models.codebook import make_codebook
-    from dalle_ds.models.dvae import DVAE
+    from dalle_ds.models.dvae import CHANNELS, DVAE
     from dalle_ds.models.weights import load_dvae
     from dalle_ds.training.checkpoint import complete_checkpoints
     from dalle_ds.training.metrics import mean_over_ranks
@@ -116,7 +115,7 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     from dalle_ds.training.session import Stage
 
     schedule, data, size = config.schedule, config.data, config.model.image_size
-    values_per_cell = N_COLOURS * (size // config.model.grid_size) ** 2
+    values_per_cell = CHANNELS * (size // config.model.grid_size) ** 2
     places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     train_source = open_source(data.train, data.read)
     validation_source = open_source(data.validation, data.read) if data.validation else None
