@@ -1,17 +1,18 @@
-"""What averages gradients between machines: the interface of every compressor, and the one that compresses nothing.
+"""What averages gradients between machines: the interface of every compressor.
 
 A compressor sees tensors and a process group, one rank a machine: under ZeRO-3 inside machines, this rank's shards and
-the ranks of the same ordinal. It knows no model and no engine.
+the ranks of the same ordinal. It knows no model and no engine. Gradients add up in its own buffers as they come, over
+micro-steps too, so that no other memory is needed for them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dalle_kernels.compression.wire import WIRES, Group, Traffic, start_average
+from dalle_kernels.compression.wire import Group, Traffic
 
 Gradients = Mapping[str, Tensor]
 # Name and gradient -> the resblock of a matrix to compress; None for all that is sent whole, in 32 bits.
@@ -33,12 +34,35 @@ class Reduction:
 
 
 class Compressor(Protocol):
-    """Averages gradients over a group in place."""
+    """Averages gradients over a group. Names, their order and all calls are the same on all ranks of the group."""
 
     traffic: Traffic
 
+    @property
+    def blocks(self) -> Mapping[str, Sequence[str]]:
+        """The names of the matrices of each resblock, of what was declared."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+
+    def declare(self, like: Gradients) -> None:
+        """Makes buffers for gradients of these names, shapes and devices: all those of a resblock in one call."""
+
+    def add(self, gradients: Gradients) -> None:
+        """Adds gradients, any of the declared ones, into their buffers. Those that are not finite are left out."""
+
+    def send(self, block: str, group: Group) -> None:
+        """Starts the average of a resblock to which all has been added; others may still be under way."""
+
+    def finish(self, group: Group) -> Reduction:
+        """Sends what `send` has not, and waits for all averages."""
+
+    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The averages, a resblock's matrices together; the buffers are then as the next update needs them."""
+
     def reduce_(self, gradients: Gradients, group: Group) -> Reduction:
-        """Replaces gradients by their average over the group. Names and their order are the same on all ranks."""
+        """All of it in one call: replaces gradients by their average over the group."""
 
     def state_dict(self, group: Group) -> dict[str, Any]:
         """What a run needs to go on, on the CPU: the same on every machine. All ranks of the group call it."""
@@ -82,46 +106,14 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{field} {value!r} is unknown; known are {', '.join(choices)}")
 
 
-class NoCompression:
-    """Matrices averaged by resblock in the format of `wire`, all else in one 32-bit average."""
-
-    def __init__(self, *, wire: str = "full", scale: float = 1.0, block_of: BlockOf = resblock_of) -> None:
-        check_choice("wire", wire, WIRES)
-        self.wire, self.scale, self.block_of = wire, scale, block_of
-        self.traffic = Traffic()
-
-    @torch.no_grad()
-    def reduce_(self, gradients: Gradients, group: Group) -> Reduction:
-        blocks, whole = split(gradients, self.block_of)
-        waits = []
-        for names in blocks.values():
-            tensors = [at_least_32_bit(gradients[name]) for name in names]
-            n_bytes, wait = start_average(tensors, group, self.wire, self.scale)
-            waits.append((names, wait))
-            self.traffic.matrix_bytes += n_bytes
-            self.traffic.n_calls += 1
-        if whole:
-            n_bytes, wait = start_average([at_least_32_bit(gradients[name]) for name in whole], group)
-            waits.append((whole, wait))
-            self.traffic.whole_bytes += n_bytes
-            self.traffic.n_calls += 1
-        squares: dict[str, Tensor] = {}
-        for names, wait in waits:
-            for name, average in zip(names, wait(), strict=True):
-                squares[name] = average.square().sum()
-                gradients[name].copy_(average)
-        return _reduction(squares, blocks)
-
-    def state_dict(self, group: Group) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"state with {', '.join(state)} is not of a run without compression; name its compressor")
-
-
-def _reduction(squares: Mapping[str, Tensor], blocks: Mapping[str, list[str]]) -> Reduction:
-    names = tuple(name for block in blocks.values() for name in block)
-    total = torch.stack(list(squares.values())).sum()
-    nonfinite = torch.stack([~squares[name].isfinite() for name in names]) if names else total.new_zeros(0).bool()
-    return Reduction(torch.where(total.isfinite(), total, torch.inf), nonfinite, names)
+@torch.no_grad()
+def reduce_in_one_call(compressor: Compressor, gradients: Gradients, group: Group) -> Reduction:
+    """Replaces gradients by their average; every call must have the same names."""
+    compressor.declare(gradients)
+    compressor.add(gradients)
+    reduction = compressor.finish(group)
+    in_block = {name for names in compressor.blocks.values() for name in names}
+    for names in (*compressor.blocks.values(), [name for name in gradients if name not in in_block]):
+        for name, average in compressor.take(names).items():
+            gradients[name].copy_(average)
+    return reduction

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dalle_kernels.compression.base import Compressor, NoCompression
+from dalle_kernels.compression.base import Compressor
 from dalle_kernels.compression.factors import PowerSGDOptions
 from dalle_kernels.compression.powersgd import PowerSGD
+from dalle_kernels.compression.uncompressed import NoCompression
 
 
 def _powersgd(**options: Any) -> Compressor:

@@ -1,4 +1,5 @@
-"""Where error buffers are kept between updates: in 1-6-9 as the paper has it, or in full (Appendix D)."""
+"""Where gradients are added up between updates, and what is left of them kept: in 1-6-9 as the paper has it, or in full
+(Appendix D)."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,12 +11,15 @@ from dalle_kernels.compression.wire import CODED
 
 
 class ErrorBuffer(Protocol):
-    """Same-shaped matrices [n, rows, columns]: `load` to compute with, `store` when that is done."""
+    """Same-shaped tensors [n, ...]: loaded to compute with, stored when that is done, whole or one at a time."""
 
-    def load(self) -> Tensor:
-        """In at least 32 bits. What is done to it in place holds once it is stored."""
+    def load(self, index: int | None = None) -> Tensor:
+        """All [n, ...] or one [...], in at least 32 bits. What is done to it in place holds once it is stored."""
 
-    def store(self, values: Tensor) -> None: ...
+    def store(self, values: Tensor, index: int | None = None) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class FullErrors:
@@ -24,11 +28,17 @@ class FullErrors:
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
-    def load(self) -> Tensor:
-        return self.values
+    def load(self, index: int | None = None) -> Tensor:
+        return self.values if index is None else self.values[index]
 
-    def store(self, values: Tensor) -> None:
-        self.values = values
+    def store(self, values: Tensor, index: int | None = None) -> None:
+        mine = self.load(index)
+        if values.data_ptr() != mine.data_ptr():
+            mine.copy_(values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
 
 class CodedErrors:
@@ -36,13 +46,24 @@ class CodedErrors:
 
     def __init__(self, values: Tensor) -> None:
         self.dtype = values.dtype
-        self.store(values)
-
-    def load(self) -> Tensor:
-        return decode(self.codes, CODED).to(self.dtype)
-
-    def store(self, values: Tensor) -> None:
         self.codes = encode(values.float(), CODED)
+
+    def load(self, index: int | None = None) -> Tensor:
+        codes = self.codes if index is None else self.codes[index]
+        return decode(codes, CODED).to(self.dtype)
+
+    def store(self, values: Tensor, index: int | None = None) -> None:
+        codes = self.codes if index is None else self.codes[index]
+        encode(values.float(), CODED, out=codes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+
+def zero(buffer: ErrorBuffer) -> None:
+    """Makes all entries 0, without computing with them."""
+    (buffer.codes if isinstance(buffer, CodedErrors) else buffer.load()).zero_()
 
 
 ERROR_BUFFERS: dict[str, Callable[[Tensor], ErrorBuffer]] = {"full": FullErrors, "1-6-9": CodedErrors}

@@ -65,7 +65,6 @@ def n_factor_entries(rows: int, columns: int, shard_rank: int) -> int:
 class Batch:
     """Same-shaped matrices of one resblock [n, rows, columns], or [n, short, long] as they are compressed."""
 
-    gradients: list[Tensor]
     p: Tensor  # [n, short, shard_rank], orthonormal columns
     q: Tensor  # [n, long, shard_rank]
 
@@ -79,7 +78,7 @@ class Batch:
         self.errors = ERROR_BUFFERS[options.errors](zeros)
         self.start = self._draw(0)
         self.gradients_finite = torch.ones(len(names), dtype=torch.bool, device=zeros.device)
-        self.errors_finite = self.factors_finite = self.gradients_finite
+        self.errors_finite = self.factors_finite = self.gradients_finite.clone()
 
     def _draw(self, draw: int) -> Tensor:
         """Q0 [n, long, shard_rank], Gaussian: a function of seed, name and number of the draw."""
@@ -106,17 +105,12 @@ class Batch:
         if self.options.start == "warm" and state["starts"]:
             self.start = torch.stack([state["starts"].pop(name) for name in self.names]).to(self.device, self.dtype)
 
-    def add(self, gradients: list[Tensor]) -> None:
+    def add(self, index: int, gradient: Tensor) -> None:
         """Step 2: into the error buffer, unless it is not finite."""
         # One pass that keeps nothing; a norm that overflows is as bad as an infinite entry.
-        finite = torch.stack(
-            [torch.linalg.vector_norm(gradient, dtype=self.dtype).isfinite() for gradient in gradients]
-        )
-        values = self.errors.load()
-        for value, gradient, is_finite in zip(values, gradients, finite, strict=True):
-            value.add_(_where(is_finite, gradient))
-        self.errors.store(values)
-        self.gradients_finite = self.gradients_finite & finite
+        finite = torch.linalg.vector_norm(gradient, dtype=self.dtype).isfinite()
+        self.errors.store(self.errors.load(index).add_(_where(finite, gradient)), index)
+        self.gradients_finite[index] &= finite
 
     def make_p(self, n_updates: int) -> Tensor:
         """Step 3. A row of M that is not finite makes a row of P that is not, so P tells of both."""
@@ -148,21 +142,20 @@ class Batch:
         """Step 9: that of P Q^T, because P has orthonormal columns."""
         return self.q.square().sum()
 
-    def decompress(self) -> None:
-        """Steps 11 and 12: P Q^T into the gradients, and out of the error buffer."""
+    def decompress(self) -> list[Tensor]:
+        """Steps 11 and 12: P Q^T of each matrix [rows, columns], taken out of its error buffer."""
         values = self.errors.load()
         left, right = (self.q, self.p) if self.is_transposed else (self.p, self.q)
-        for i, gradient in enumerate(self.gradients):
-            if gradient.dtype == self.dtype:
-                torch.mm(left[i], right[i].T, out=gradient)
-            else:
-                gradient.copy_(left[i] @ right[i].T)
-            _subtract_(values[i], gradient, self.factors_finite[i], self.errors_finite[i])
+        averages = []
+        for i, value in enumerate(values):
+            averages.append(left[i] @ right[i].T)
+            _subtract_(value, averages[-1], self.factors_finite[i], self.errors_finite[i])
         self.errors.store(values if self.options.error_feedback else values.zero_())
         if self.options.start == "warm":
             self.start = torch.where(self.factors_finite[:, None, None], self.q, self.start)
-        self.gradients_finite = torch.ones_like(self.gradients_finite)
-        self.gradients = []
+        self.gradients_finite.fill_(True)
+        del self.p, self.q
+        return averages
 
     def _matrices(self) -> Tensor:
         """M [n, short, long]."""

@@ -12,7 +12,7 @@ have been applied, as it is without compression. A matrix whose P or Q is not fi
 finite itself: then, and only then, it is zeroed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,65 +20,86 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_kernels.compression.base import BlockOf, Gradients, Reduction, at_least_32_bit, resblock_of, split
+from dalle_kernels.compression.base import (
+    BlockOf,
+    Gradients,
+    Reduction,
+    reduce_in_one_call,
+    resblock_of,
+    split,
+)
 from dalle_kernels.compression.factors import Batch, PowerSGDOptions
 from dalle_kernels.compression.wire import Group, Traffic, start_average
 
 
 class PowerSGD:
-    """The compressor. `reduce_` is an update in one call; `start` and `finish` are the same in parts, for overlap."""
+    """The compressor. Resblocks are sent as the backward pass finishes them, and their Q follows with the next one."""
 
     def __init__(self, options: PowerSGDOptions, *, block_of: BlockOf = resblock_of) -> None:
         self.options, self.block_of = options, block_of
         self.traffic = Traffic()
         self.n_updates = 0
-        self._blocks: dict[tuple[str, ...], list[Batch]] = {}
+        self.blocks: dict[str, list[str]] = {}
+        self._batches: dict[str, list[Batch]] = {}
+        self._places: dict[str, tuple[Batch, int]] = {}
+        self._whole: dict[str, Tensor] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._update = _Update()
 
+    @property
+    def nbytes(self) -> int:
+        batches = (batch for batches in self._batches.values() for batch in batches)
+        return sum(batch.errors.nbytes for batch in batches) + sum(whole.nbytes for whole in self._whole.values())
+
+    def declare(self, like: Gradients) -> None:
+        known = self._places.keys() | self._whole.keys()
+        missing = known - like.keys() if any(name in known for name in like) else set()
+        if missing:
+            raise ValueError(f"gradients of {', '.join(sorted(missing))} stayed away; every update must have the same")
+        blocks, whole = split({name: tensor for name, tensor in like.items() if name not in known}, self.block_of)
+        for name in whole:
+            self._whole[name] = torch.zeros_like(like[name], dtype=_wide(like[name]))
+        for block, names in blocks.items():
+            self.blocks[block] = names
+            shapes: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+            for name in names:
+                shapes.setdefault((like[name].shape, like[name].dtype), []).append(name)
+            self._batches[block] = [self._make_batch(members, like[members[0]]) for members in shapes.values()]
+            self._places |= {name: (batch, i) for batch in self._batches[block] for i, name in enumerate(batch.names)}
+
     def reduce_(self, gradients: Gradients, group: Group) -> Reduction:
         """Replaces gradients by the average over the group, matrices by its low-rank part."""
-        blocks, whole = split(gradients, self.block_of)
-        for names in (*blocks.values(), whole):
-            self.start({name: gradients[name] for name in names}, group)
-        return self.finish(group)
+        return reduce_in_one_call(self, gradients, group)
 
     @torch.no_grad()
     def add(self, gradients: Gradients) -> None:
-        """Adds gradients of matrices into their error buffers, for all micro-steps but the last, which `start` takes.
-
-        A gradient that is not finite is left out, and remembered until the update ends.
-        """
-        for names in split(gradients, self.block_of)[0].values():
-            for batch, tensors in self._batches({name: gradients[name] for name in names}):
-                batch.add(tensors)
+        """A gradient that is not finite is left out of its error buffer, and remembered until the update ends."""
+        for name, gradient in gradients.items():
+            if name in self._whole:
+                self._whole[name] += gradient
+            else:
+                batch, index = self._places[name]
+                batch.add(index, gradient)
 
     @torch.no_grad()
-    def start(self, gradients: Gradients, group: Group) -> None:
-        """Takes up the gradients of a resblock as soon as the backward pass has made them, and sends its P.
-
-        Meanwhile the P of the resblock before has arrived: its Q is made, and sent.
-        """
-        blocks, whole = split(gradients, self.block_of)
-        self._update.whole.update((name, gradients[name]) for name in whole)
-        for names in blocks.values():
-            batches = self._batches({name: gradients[name] for name in names})
-            for batch, tensors in batches:
-                batch.add(tensors)
-                batch.gradients = tensors
-            members = [batch for batch, _ in batches]
-            wait = self._send([batch.make_p(self.n_updates) for batch in members], group, self.options.p_scale)
-            self._advance(group)
-            self._update.waiting_for_p = (members, wait)
+    def send(self, block: str, group: Group) -> None:
+        """Sends P. Meanwhile the P of the resblock before has arrived: its Q is made, and sent."""
+        batches = self._batches[block]
+        wait = self._send([batch.make_p(self.n_updates) for batch in batches], group, self.options.p_scale)
+        self._advance(group)
+        self._update.waiting_for_p = (batches, wait)
+        self._update.sent.add(block)
 
     @torch.no_grad()
     def finish(self, group: Group) -> Reduction:
-        """Writes the averages over all gradients that were started, and keeps what they leave as errors."""
+        for block in self._batches:
+            if block not in self._update.sent:
+                self.send(block, group)
         self._advance(group)
         update, self._update = self._update, _Update()
         self.n_updates += 1
         batches = [batch for members, _ in update.waiting_for_q for batch in members]
-        wait_whole = self._send_whole(update.whole, [batch.local_flags() for batch in batches], group)
+        wait_whole = self._send_whole([batch.local_flags() for batch in batches], group)
         for members, wait in update.waiting_for_q:
             for batch, q in zip(members, wait(), strict=True):
                 batch.take_q(q)
@@ -86,12 +107,23 @@ class PowerSGD:
         squares = [average.square().sum() for average in averages] + [batch.squared_norm() for batch in batches]
         nonfinite = torch.cat([flags.new_zeros(0).bool(), *(~batch.factors_finite for batch in batches)]) | (flags > 0)
         total = torch.stack(squares).sum()
-        for (_, gradient), average in zip(update.whole.items(), averages, strict=True):
-            gradient.copy_(average)
-        for batch in batches:
-            batch.decompress()
+        for whole, average in zip(self._whole.values(), averages, strict=True):
+            whole.copy_(average)
         names = tuple(name for batch in batches for name in batch.names)
         return Reduction(torch.where(total.isfinite() & ~nonfinite.any(), total, torch.inf), nonfinite, names)
+
+    @torch.no_grad()
+    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        averages: dict[str, Tensor] = {}
+        for batch in dict.fromkeys(self._places[name][0] for name in names if name in self._places):
+            averages |= dict(zip(batch.names, batch.decompress(), strict=True))
+        for name in names:
+            if name in self._whole:
+                averages[name] = self._whole[name].clone()
+                self._whole[name].zero_()
+        assert averages.keys() == set(names), "the matrices of a resblock are taken together"
+        return averages
 
     @torch.no_grad()
     def state_dict(self, group: Group) -> dict[str, Any]:
@@ -105,7 +137,7 @@ class PowerSGD:
         errors: dict[str, Tensor] = dict(self._loaded.get("errors", {}))
         starts: dict[str, Tensor] = dict(self._loaded.get("starts", {}))
         n = dist.get_world_size(group)
-        for batch in (batch for batches in self._blocks.values() for batch in batches):
+        for batch in (batch for batches in self._batches.values() for batch in batches):
             mean = batch.errors.load().clone()
             dist.all_reduce(mean, group=group)
             batch.errors.store(mean.div_(n))
@@ -115,32 +147,17 @@ class PowerSGD:
         return {"n_updates": self.n_updates, "errors": errors, "starts": starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state; error buffers are filled from it when their matrices are first met."""
+        """Takes up a state; error buffers are filled from it when their matrices are declared, or here if they are."""
         missing = {"n_updates", "errors", "starts"} - set(state)
         if missing:
             raise ValueError(f"state without {', '.join(sorted(missing))} is not of a run with PowerSGD")
         self.n_updates = state["n_updates"]
         self._loaded = {"errors": dict(state["errors"]), "starts": dict(state["starts"])}
-        self._blocks.clear()
-
-    def _batches(self, gradients: Gradients) -> list[tuple[Batch, list[Tensor]]]:
-        """Each batch of same-shaped matrices with its gradients, made when these names first come together."""
-        names = tuple(gradients)
-        if names not in self._blocks:
-            for other in self._blocks:
-                if set(names) & set(other):
-                    raise ValueError(
-                        f"gradients {names} came together as {other} before; every update must have the same"
-                    )
-            shapes: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
-            for name, gradient in gradients.items():
-                shapes.setdefault((gradient.shape, gradient.dtype), []).append(name)
-            self._blocks[names] = [self._make_batch(members, gradients[members[0]]) for members in shapes.values()]
-        return [(batch, [gradients[name] for name in batch.names]) for batch in self._blocks[names]]
+        for batch in (batch for batches in self._batches.values() for batch in batches):
+            batch.take_state(self._loaded)
 
     def _make_batch(self, names: list[str], like: Tensor) -> Batch:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros((len(names), *like.shape), dtype=dtype, device=like.device)
+        zeros = torch.zeros((len(names), *like.shape), dtype=_wide(like), device=like.device)
         batch = Batch(tuple(names), zeros, self.options)
         if self._loaded:
             batch.take_state(self._loaded)
@@ -152,9 +169,9 @@ class PowerSGD:
         self.traffic.n_calls += 1
         return wait
 
-    def _send_whole(self, whole: Gradients, flags: list[Tensor], group: Group) -> Callable[[], list[Tensor]]:
+    def _send_whole(self, flags: list[Tensor], group: Group) -> Callable[[], list[Tensor]]:
         """The 32-bit average of what is not compressed, with a flag a matrix: something was not finite somewhere."""
-        tensors = [at_least_32_bit(gradient) for gradient in whole.values()]
+        tensors = list(self._whole.values())
         flag = torch.cat(flags) if flags else tensors[0].new_zeros(0)
         dtype = torch.promote_types(tensors[0].dtype, flag.dtype) if tensors else flag.dtype
         n_bytes, wait = start_average([tensor.to(dtype) for tensor in (*tensors, flag)], group)
@@ -174,10 +191,14 @@ class PowerSGD:
         self._update.waiting_for_q.append((members, wait))
 
 
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
 @dataclass
 class _Update:
     """What an update has under way."""
 
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    sent: set[str] = field(default_factory=set)
     waiting_for_p: tuple[list[Batch], Callable[[], list[Tensor]]] | None = None
     waiting_for_q: list[tuple[list[Batch], Callable[[], list[Tensor]]]] = field(default_factory=list)
