@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from dalle_ds import __version__
 from dalle_ds.commands import COMMANDS
-from dalle_ds.config import FULL_DISK, InputError
+from dalle_ds.config import FULL_DISK, InputError, Preempted
 
 BAD_INPUT = 2
+PREEMPTED = 85  # what launch/slurm turns into a requeue
 LATER_RANKS_WAIT = 5.0  # seconds
 # What an operating system says when the user must act: a full disk, a quota, no permission.
 USER_ERRNOS = {*FULL_DISK, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
-    """Parses the flags of the command `name` and runs it; returns 0, or 2 on bad input."""
+    """Parses the flags of the command `name` and runs it; returns 0, 2 on bad input, 85 when asked to stop."""
     module = importlib.import_module(f"dalle_ds.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"dalle-ds {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,6 +49,10 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         said = f"{error}: free some space and try again" if full else str(error)
         print(f"dalle-ds {name}: error: {said}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dalle-ds {name}: {stop}", flush=True)
+        return PREEMPTED
     return 0
 
 

@@ -19,6 +19,10 @@ class InputError(ValueError):
     """A mistake in what the user gave: one line that names what, where, and what to do."""
 
 
+class Preempted(Exception):
+    """Somebody asked the run to stop, and it has saved: one line that says so."""
+
+
 def described(default: Any, text: str) -> Any:
     """A dataclass field with a default and the sentence that `--help` shows for it."""
     return dataclasses.field(default=default, metadata={"help": text})
@@ -167,15 +171,35 @@ class PriorConfig:
         return self.text_len + self.image_len
 
 
+# What follows the warm-up of stage 2.
+LR_RULES = ("plateau", "cosine")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorScheduleConfig:
-    """Learning rate of stage 2 as a multiple of its peak: linear warm-up, then a cosine to the final multiplier."""
+    """Learning rate of stage 2 as a multiple of its peak (Appendix B.2): linear warm-up, then one of two rules.
 
+    "plateau" is the paper's: halved when the training loss no longer falls. When that is, is ours, for the paper halved
+    by hand; training/schedules.py says the rule. "cosine" falls to the final multiplier, for runs of a set length.
+    """
+
+    lr_rule: str = described("plateau", "plateau or cosine: what the learning rate follows after its warm-up")
     lr_warmup_steps: int = described(5_000, "steps of linear warm-up")
-    lr_steps: int = described(430_000, "step at which the learning rate reaches its final multiplier")
-    lr_final_multiplier: float = described(1 / 32, "learning rate at the end, as a multiple of its peak")
+    lr_halvings: int = described(5, "plateau: how often the learning rate is halved, at most")
+    plateau_window: int = described(5_000, "plateau: steps over which the training loss is averaged (ours)")
+    plateau_improvement: float = described(
+        0.002, "plateau: fraction by which that mean must fall below the best one (ours)"
+    )
+    plateau_patience: int = described(2, "plateau: windows in a row that do not before the rate is halved (ours)")
+    lr_steps: int = described(430_000, "cosine: step at which the learning rate reaches its final multiplier")
+    lr_final_multiplier: float = described(1 / 32, "cosine: learning rate at the end, as a multiple of its peak")
 
     def __post_init__(self) -> None:
+        require(self.lr_rule in LR_RULES, f"lr_rule {self.lr_rule!r} must be one of {', '.join(LR_RULES)}")
+        for name in ("plateau_window", "plateau_patience"):
+            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
+        require(0 <= self.plateau_improvement < 1, f"plateau_improvement {self.plateau_improvement} must lie in [0, 1)")
+        require(self.lr_halvings >= 0, f"lr_halvings {self.lr_halvings} must not be negative")
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps {self.lr_warmup_steps} must not be negative")
         require(self.lr_steps >= 0, f"lr_steps {self.lr_steps} must not be negative")
         require(
@@ -240,7 +264,12 @@ class LoopConfig:
     sample_every: int = described(0, "steps between picture grids; 0 for at the end only")
     save_every: int = described(0, "steps between checkpoints; 0 for at the end only")
     keep: int = described(2, "checkpoints kept, the newest ones")
+    keep_every: int = described(0, "checkpoints whose step is a multiple of this are kept for ever; 0 for none")
+    upload: str = described("", "s3://bucket/prefix that finished checkpoints are copied to, in the background")
     validation_batches: int = described(8, "batches per evaluation and rank")
+    timeout_minutes: float = described(
+        30.0, "minutes that ranks wait for one that does not come; the run then ends, and names it"
+    )
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps {self.steps} must be at least 1")
@@ -248,8 +277,12 @@ class LoopConfig:
         require(self.log_every >= 1, f"log_every {self.log_every} must be at least 1")
         require(self.keep >= 1, f"keep {self.keep} must be at least 1")
         require(self.validation_batches >= 1, f"validation_batches {self.validation_batches} must be at least 1")
-        for name in ("evaluate_every", "sample_every", "save_every"):
+        require(0 < self.timeout_minutes < math.inf, f"timeout_minutes {self.timeout_minutes} must be a number above 0")
+        for name in ("evaluate_every", "sample_every", "save_every", "keep_every"):
             require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative")
+        require(
+            not self.upload or self.upload.startswith("s3://"), f"upload {self.upload!r} must be s3://bucket/prefix"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +342,13 @@ class PriorTraining:
     checkpoint_activations: bool = described(
         False, "keep only what enters each layer and compute the rest again: less memory, a third more time"
     )
+    averaging: float = described(
+        0.99, "decay of the averaged parameters, which sample and evaluate use (Appendix B.2); 0 for none"
+    )
+    averaging_every: int = described(25, "updates between those that the average takes in (Appendix B.2)")
+    histogram_every: int = described(
+        0, "steps between lines of histograms.jsonl: exponents of the gradients by kind of parameter; 0 for none"
+    )
     model: PriorConfig = nested(PriorConfig)
     tokenizer: TokenizerConfig = nested(TokenizerConfig)
     schedule: PriorScheduleConfig = nested(PriorScheduleConfig)
@@ -317,6 +357,9 @@ class PriorTraining:
 
     def __post_init__(self) -> None:
         require(0 <= self.caption_dropout < 1, f"caption_dropout {self.caption_dropout} must lie in [0, 1)")
+        require(0 <= self.averaging < 1, f"averaging {self.averaging} must lie in [0, 1); 0 keeps no average")
+        require(self.averaging_every >= 1, f"averaging_every {self.averaging_every} must be at least 1")
+        require(self.histogram_every >= 0, f"histogram_every {self.histogram_every} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,11 @@ def _tiny() -> Preset:
             model=PriorConfig(
                 text_vocab_size=1024, text_len=20, image_vocab_size=512, grid_size=8, n_layer=4, n_head=4, head_dim=32
             ),
-            schedule=PriorScheduleConfig(lr_warmup_steps=50, lr_steps=1_900, lr_final_multiplier=0.02),
+            # A cosine that ends near 0 averages by itself.
+            averaging=0.0,
+            schedule=PriorScheduleConfig(
+                lr_rule="cosine", lr_warmup_steps=50, lr_steps=1_900, lr_final_multiplier=0.02
+            ),
             data=data,
             loop=LoopConfig(steps=1_900),
         ),

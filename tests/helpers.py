@@ -28,7 +28,7 @@ def run_distributed(fn, world_size, *args, timeout=120):
     with tempfile.TemporaryDirectory() as folder, _environment(ENVIRONMENT):
         context = start_processes(
             _run_rank,
-            args=(fn, args, {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": _free_port()}, folder),
+            args=(fn, args, {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": free_port()}, folder),
             nprocs=world_size,
             join=False,
             start_method="forkserver",
@@ -69,7 +69,14 @@ def _environment(values):
                 os.environ[name] = value
 
 
-def _free_port():
+def rank_variables(world_size):
+    """What a launcher would tell each of `world_size` processes, by rank, on a free port."""
+    group = {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, **group} for rank in range(world_size)]
+    return [{name: str(value) for name, value in variables.items()} for variables in ranks]
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -87,7 +94,7 @@ def call_commands(*commands):
     cli.LATER_RANKS_WAIT = 0.0
     results = []
     with distributed.process_group() as ranks:
-        distributed.process_group = lambda: contextlib.nullcontext(ranks)
+        distributed.process_group = lambda timeout_minutes=30.0: contextlib.nullcontext(ranks)
         for arguments in commands:
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
                 try:

@@ -1,5 +1,7 @@
 """The running average: its arithmetic; the same on any rank, ZeRO stage and precision; in and out of its file."""
 
+import itertools
+import threading
 import types
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from helpers import run_distributed
 from safetensors.torch import load_file
 from torch import nn
 
+from dalle_ds.training import averaging
 from dalle_ds.training.averaging import ParameterAverage
 
 N_IN, GLOBAL_BATCH, STEPS, DECAY = 6, 8, 5, 0.8
@@ -35,7 +38,9 @@ class Tiny(nn.Module):
 def plain_engine(model):
     """What the average needs of an engine, without DeepSpeed: ZeRO off, float32."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return types.SimpleNamespace(module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0)
+    return types.SimpleNamespace(
+        module=model, optimizer=optimizer, zero_optimization_stage=lambda: 0, device=torch.device("cpu")
+    )
 
 
 @torch.no_grad()
@@ -109,6 +114,113 @@ def test_decay_0_keeps_nothing_and_is_the_weights_themselves(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# --- beside training --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds the thread that averages back until it is opened."""
+    opened, mix = threading.Event(), averaging._mix
+
+    def held(*arguments):
+        assert opened.wait(timeout=60)
+        mix(*arguments)
+
+    monkeypatch.setattr(averaging, "_mix", held)
+    yield opened
+    opened.set()
+
+
+def test_weights_that_change_while_the_thread_is_at_work_do_not_reach_the_average(gate):
+    model = Tiny()
+    average = ParameterAverage(plain_engine(model), DECAY)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    move(model, 1)
+    average.update()  # comes back though the thread cannot go on
+    for e, parameter in zip(expected, model.parameters(), strict=True):
+        e.lerp_(parameter.detach(), 1 - 1 / 10)
+    average.wait_for_copy()
+    move(model, 2)
+    gate.set()
+    assert all(tensor.equal(e) for tensor, e in zip(average.tensors, expected, strict=True)), "bit for bit"
+
+
+@pytest.mark.parametrize("piece", [3, 2**24])
+def test_it_is_bit_for_bit_what_averaging_at_once_gives(monkeypatch, piece):
+    monkeypatch.setattr(averaging, "PIECE", piece)
+    model = Tiny().half()  # the optimizer's weights have 16 bits where there are no finer ones
+    average = ParameterAverage(plain_engine(model), 0.99, every=2)
+    expected = [parameter.detach().float() for parameter in model.parameters()]
+    for step in range(1, 101):
+        move(model, step)
+        average.update()
+        if step % 2 == 0:
+            n = step // 2 - 1
+            for e, parameter in zip(expected, model.parameters(), strict=True):
+                e.lerp_(parameter.detach().float(), 1 - min(0.99, (1 + n) / (10 + n)))
+    assert {tensor.dtype for tensor in average.tensors} == {torch.float32}
+    for tensor, e in zip(average.tensors, expected, strict=True):
+        # A vector unit rounds a * b + c once, and may leave the last few elements to instructions that round twice.
+        torch.testing.assert_close(tensor, e, rtol=0, atol=LERP_TOLERANCE if piece == 3 else 0)
+
+
+def test_the_device_copies_before_the_optimizer_goes_on_and_the_thread_waits_for_the_copy():
+    """In the order that a stream beside the default one needs; on a CPU the same calls are made."""
+    calls = []
+
+    def call(name):
+        return lambda *arguments: calls.append(name)
+
+    event = types.SimpleNamespace(record=call("record"), synchronize=call("synchronize"))
+    default = types.SimpleNamespace(wait_event=call("optimizer waits"))
+    model = Tiny()
+    average = ParameterAverage(plain_engine(model), DECAY, every=2)
+    average._stream = types.SimpleNamespace(wait_stream=call("copy waits"))
+    average._backend = types.SimpleNamespace(
+        current_stream=lambda: default, stream=torch.cpu.stream, Event=lambda: event, Stream=torch.cpu.Stream
+    )
+    average.update()
+    average.wait_for_copy()
+    assert calls == [], "nothing is copied every other step"
+    average.update()
+    assert average.tensors
+    assert calls == ["copy waits", "record", "synchronize"]
+    average.wait_for_copy()
+    average.wait_for_copy()
+    assert calls[3:] == ["optimizer waits"]
+
+
+def test_what_fails_in_the_thread_is_raised_where_the_average_is_next_needed(monkeypatch):
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(averaging, "_mix", broken)
+    model = Tiny()
+    average = ParameterAverage(plain_engine(model), DECAY)
+    average.update()
+    with pytest.raises(MemoryError, match="no room"):
+        average.update()
+
+
+def test_an_average_of_16_bit_weights_comes_back_from_its_file_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    model, path = Tiny().bfloat16(), tmp_path / "averaged.safetensors"
+    average = ParameterAverage(plain_engine(model), DECAY)
+    for step in range(3):
+        move(model, step)
+        average.update()
+    before, kept = [p.detach().clone() for p in model.parameters()], [t.clone() for t in average.tensors]
+    average.save(path)
+    saved = load_file(path)
+    for (name, _), tensor in zip(model.named_parameters(), kept, strict=True):
+        assert saved[name].equal(tensor), "not rounded to the weights' bits"
+    average.restart()
+    average.load(path)
+    assert all(tensor.equal(k) for tensor, k in zip(average.tensors, kept, strict=True))
+    assert (average.n_steps, average.n_updates) == (3, 3)
+    assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
 # --- under DeepSpeed --------------------------------------------------------------------------------------------------
 
 
@@ -148,13 +260,33 @@ def train_with_average(folder, cases):
     with process_group() as ranks:
         for stage, precision in cases:
             results.append(train_one(Path(folder) / f"{stage}-{precision}", ranks, stage, precision))
+        # Where each case finds the average of another one.
+        for (stage, precision), (other_stage, other) in itertools.pairwise(cases):
+            check_it_goes_on_elsewhere(Path(folder) / f"{stage}-{precision}", ranks, other_stage, other)
     return results
 
 
-def train_one(path, ranks, stage, precision):
-    from dalle_ds.training.engine import backward, build_engine, gather_weights
+def check_it_goes_on_elsewhere(path, ranks, stage, precision):
+    """What one stage has saved, another takes up bit for bit, with its number of updates."""
+    from dalle_ds.training.construction import build_engine
 
-    engine = build_engine(Tiny, ds_config(ranks.world_size, stage, precision), 3)
+    engine = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size, stage, precision), 4)
+    average = ParameterAverage(engine, DECAY)
+    average.load(path)
+    again = path.with_name(f"{path.name}-in-{stage}-{precision}")
+    average.save(again)
+    torch.distributed.barrier()
+    saved = load_file(path)
+    assert all(tensor.equal(saved[name]) for name, tensor in load_file(again).items()), again
+    assert average.n_updates == STEPS
+    engine.destroy()
+
+
+def train_one(path, ranks, stage, precision):
+    from dalle_ds.training.construction import build_engine
+    from dalle_ds.training.engine import backward, gather_weights
+
+    engine = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size, stage, precision), 3)
     average = ParameterAverage(engine, DECAY)
     expected = {name: tensor.double() for name, tensor in gather_weights(engine).items()}
     losses, applied = [], []

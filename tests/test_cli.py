@@ -11,7 +11,7 @@ import pytest
 import dalle_ds
 from dalle_ds import cli
 from dalle_ds.commands import COMMANDS
-from dalle_ds.config import InputError
+from dalle_ds.config import InputError, Preempted
 
 ROOT = Path(dalle_ds.__file__).parent.parent
 HEAVY = ("torch", "deepspeed", "numpy", "scipy", "PIL", "sentencepiece", "boto3", "matplotlib", "jinja2", "rich")
@@ -100,6 +100,16 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, capsys, error, sho
     assert captured.err.startswith("dalle-ds fake: error: ")
     assert captured.err.endswith(f"{shown}\n")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "dalle-ds fake: saved step 3\n"), ("1", "")])
+def test_a_run_that_was_asked_to_stop_is_one_line_of_the_first_rank_and_exit_code_85(
+    command, capsys, monkeypatch, rank, shown
+):
+    monkeypatch.setenv("RANK", rank)
+    command.error = Preempted("saved step 3")
+    assert cli.main(["fake"]) == 85
+    assert capsys.readouterr() == (shown, "")
 
 
 @pytest.mark.parametrize("error", [KeyError("ours"), ValueError("ours"), OSError(errno.EIO, "a broken disk")])

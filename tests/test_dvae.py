@@ -225,9 +225,12 @@ def test_checkpointed_activations_give_the_same_gradients_from_less_memory(n_blk
 
 def train_tiny(config, checkpoint_activations, kl_weights):
     """Losses, loss scales and last weights of some steps under DeepSpeed, the KL weight of each given."""
-    from dalle_ds.training.engine import backward, build_engine
+    from dalle_ds.training.construction import build_engine
+    from dalle_ds.training.engine import backward
 
-    engine = build_engine(lambda: DVAE(SMALLEST, checkpoint_activations=checkpoint_activations), config, seed=0)
+    engine = build_engine(
+        lambda precision: DVAE(SMALLEST, checkpoint_activations=checkpoint_activations), config, seed=0
+    )
     images, losses, scales = draw_images(1, SMALLEST), [], []
     for step, kl_weight in enumerate(kl_weights):
         loss = engine(images, 1.0, kl_weight, generator=seeded(step))["loss"]

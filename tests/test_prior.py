@@ -198,7 +198,7 @@ def test_gelu_is_the_sigmoid_form():
     prior = build_prior()
     mlp, x = prior.layers[0].mlp, torch.randn(3, TINY.dim)
     hidden = F.linear(x, mlp.up.weight, mlp.up.bias)
-    expected = F.linear(hidden * torch.sigmoid(1.702 * hidden), mlp.down.weight, mlp.down.bias)
+    expected = F.linear(hidden * torch.sigmoid(1.702 * hidden), mlp.down.weight.T, mlp.down.bias)
     torch.testing.assert_close(mlp(x), expected)
 
 

@@ -54,7 +54,7 @@ def test_the_commands_for_your_own_data_run_one_after_the_other(tmp_path):
     for name in ("launch", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     commands = read_commands()
-    assert len(commands) == 14
+    assert len(commands) == 17
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     for line in commands:

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lpips", nargs="+", metavar="FILE", help="weights of AlexNet and of the LPIPS heads, .pth or .safetensors"
     )
+    parser.add_argument("--last_weights", action="store_true", help="measure the last weights, not the averaged ones")
     add_flags(parser, SamplingConfig())
 
 
@@ -83,7 +84,7 @@ def evaluate_prior(args: argparse.Namespace) -> None:
     if n < 2:
         raise InputError(f"--n {n} must be at least 2: chance is measured against other captions")
     config = apply_flags(SamplingConfig(), args)
-    painter = Painter.load(args.prior, args.dvae)
+    painter = Painter.load(args.prior, args.dvae, averaged=not args.last_weights)
     decode = picture_decode(painter.dvae.config.image_size, augment=False)
     with Reader(open_source(args.data), decode, 1, epochs=1) as reader:
         samples = [sample for sample, _ in zip(reader, range(n), strict=False)]
@@ -173,7 +174,7 @@ def evaluate_dvae(args: argparse.Namespace) -> None:
     config = apply_flags(SamplingConfig(batch_size=PICTURES_AT_ONCE), args)
     run_folder = Path(args.dvae)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dvae = load_dvae(run_folder).to(device)
+    dvae = load_dvae(run_folder, averaged=not args.last_weights).to(device)
     size = dvae.config.image_size
     require(not args.lpips or size >= MIN_SIZE, f"--lpips: pictures of {size} pixels are too small for AlexNet")
     distance = load_lpips(args.lpips).to(device) if args.lpips else None

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dvae", help="run folder of the dVAE (default: the one the prior was trained with)")
     parser.add_argument("--out", required=True, help="folder to write 000-00.png ..., grid.png and captions.json to")
     parser.add_argument("--n", type=int, default=4, help="pictures for each caption (default: 4)")
+    parser.add_argument("--last_weights", action="store_true", help="the last weights of the prior, not the averaged")
     add_flags(parser, SamplingConfig())
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
-    painter = Painter.load(args.prior, args.dvae)
+    painter = Painter.load(args.prior, args.dvae, averaged=not args.last_weights)
     repeated = [caption for caption in captions for _ in range(args.n)]
     pictures = painter.paint(repeated, config)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dalle_ds.config import DVAETraining
     from dalle_ds.data.sources import Source
+    from dalle_ds.training.construction import Precision
     from dalle_ds.training.distributed import Ranks
     from dalle_ds.training.session import Stage
 
@@ -36,13 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from dataclasses import replace
     from pathlib import Path
 
     from dalle_ds.config import require, stretched
+    from dalle_ds.data.upload import fetch_newest, open_upload
     from dalle_ds.training.deepspeed_config import load_deepspeed_config, zero_stage
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.engine import SHARDED_WEIGHTS
-    from dalle_ds.training.run import open_run
+    from dalle_ds.training.run import fetched, open_run
     from dalle_ds.training.session import train_stage
 
     config = stretched(apply_flags(find_preset(args.preset).dvae, args))
@@ -56,12 +59,14 @@ def run(args: argparse.Namespace) -> None:
         "or --schedule.warm_start_steps 0",
     )
     out = Path(args.out)
-    stage_arguments: dict[str, Any] = {"resume": args.resume, "deepspeed_config": args.deepspeed_config}
-    with process_group() as ranks:
-        if config.schedule.warm_start_steps and open_run(out, args.resume) is None:
+    with process_group(config.loop.timeout_minutes) as ranks:
+        resume = fetched(args.resume, out, lambda url, run: fetch_newest(url, run, config.data.read))
+        stage_arguments: dict[str, Any] = {"resume": resume, "deepspeed_config": args.deepspeed_config}
+        if config.schedule.warm_start_steps and open_run(out, resume) is None:
             stage = make_warm_start(config, ranks, out)
             train_stage(stage, ranks, out=out / WARM_START, **stage_arguments)
-        train_stage(make_stage(config, ranks, out), ranks, out=out, **stage_arguments)
+        stage = replace(make_stage(config, ranks, out), upload=open_upload(config.loop.upload, config.data.read))
+        train_stage(stage, ranks, out=out, **stage_arguments)
 
 
 def start_from(config: "DVAETraining") -> "DVAETraining":
@@ -81,7 +86,7 @@ def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Sta
     """The same dVAE without relaxation, as a stage of its own, with a checkpoint of its own."""
     from dataclasses import replace
 
-    from dalle_ds.training.schedules import warmup_cosine
+    from dalle_ds.training.schedules import ScheduledRate, warmup_cosine
 
     steps = config.schedule.warm_start_steps
     loop = replace(config.loop, steps=steps, evaluate_every=0, sample_every=0)
@@ -89,7 +94,9 @@ def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Sta
     return replace(
         stage,
         kind="dvae-warm-start",
-        learning_rate=lambda step: warmup_cosine(step, config.schedule.lr_warmup_steps, WARM_START_FINAL_LR, steps),
+        learning_rate=ScheduledRate(
+            lambda step: warmup_cosine(step, config.schedule.lr_warmup_steps, WARM_START_FINAL_LR, steps)
+        ),
         scalars=lambda step: {},
         lr_multiplier=lambda name: 1.0,
         sample=None,
@@ -111,7 +118,7 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     from dalle_ds.models.weights import load_dvae
     from dalle_ds.training.checkpoint import complete_checkpoints
     from dalle_ds.training.metrics import mean_over_ranks
-    from dalle_ds.training.schedules import cosine, warmup_cosine
+    from dalle_ds.training.schedules import ScheduledRate, cosine, warmup_cosine
     from dalle_ds.training.session import Stage
 
     schedule, data, size = config.schedule, config.data, config.model.image_size
@@ -134,7 +141,7 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
         outputs: dict[str, Tensor] = engine(images.to(ranks.device), **relaxation)
         return {**outputs, "kl_per_cell": outputs["kl"] * values_per_cell}  # nats; at most ln vocab_size
 
-    def build_model() -> "nn.Module":
+    def build_model(precision: "Precision") -> "nn.Module":
         model = DVAE(config.model, checkpoint_activations=config.checkpoint_activations)
         if config.init_from and not complete_checkpoints(out):
             model.load_state_dict(load_dvae(config.init_from).state_dict())
@@ -190,13 +197,15 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
         step=make_step,
         validate=validate,
         sample=sample,
-        learning_rate=lambda step: (
-            schedule.lr_start_multiplier
-            * warmup_cosine(
-                step,
-                schedule.lr_warmup_steps,
-                schedule.lr_final_multiplier / schedule.lr_start_multiplier,
-                schedule.lr_steps,
+        learning_rate=ScheduledRate(
+            lambda step: (
+                schedule.lr_start_multiplier
+                * warmup_cosine(
+                    step,
+                    schedule.lr_warmup_steps,
+                    schedule.lr_final_multiplier / schedule.lr_start_multiplier,
+                    schedule.lr_steps,
+                )
             )
         ),
         scalars=scalars,

@@ -52,8 +52,10 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
     from pathlib import Path
 
+    from dalle_ds.data.upload import fetch_newest
     from dalle_ds.tokenizer import Tokenizer
     from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.run import fetched
     from dalle_ds.training.session import train_stage
 
     config = apply_flags(find_preset(args.preset).prior, args)
@@ -68,9 +70,10 @@ def run(args: argparse.Namespace) -> None:
         grid_size=manifest.grid_size,
     )
     out = Path(args.out)
-    with process_group() as ranks:
+    with process_group(config.loop.timeout_minutes) as ranks:
         stage = make_stage(dataclasses.replace(config, model=model), tokenizer, ranks, out, args.dvae or manifest.dvae)
-        train_stage(stage, ranks, out=out, resume=args.resume, deepspeed_config=args.deepspeed_config)
+        resume = fetched(args.resume, out, lambda url, run: fetch_newest(url, run, config.data.read))
+        train_stage(stage, ranks, out=out, resume=resume, deepspeed_config=args.deepspeed_config)
 
 
 def find_manifest(config: "PriorTraining", dvae: str) -> "TokenManifest":
@@ -173,12 +176,14 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
 
     from dalle_ds.data.pipeline import Reader, training_reader
     from dalle_ds.data.skips import SkipLog
+    from dalle_ds.data.upload import open_upload
+    from dalle_ds.models.gradient_scaling import resblock_index
     from dalle_ds.models.prior import Prior
     from dalle_ds.training.metrics import mean_over_ranks
-    from dalle_ds.training.schedules import warmup_cosine
+    from dalle_ds.training.schedules import prior_learning_rate
     from dalle_ds.training.session import Stage
 
-    schedule, data = config.schedule, config.data
+    data = config.data
     places: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
     image_tokens = encode_pictures(config, dvae, ranks) if config.from_pixels else read_tokens(config)
     manifest = image_tokens.manifest
@@ -227,7 +232,14 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
     return Stage(
         kind="prior",
         config=config,
-        build_model=lambda: Prior(config.model, checkpoint_activations=config.checkpoint_activations),
+        build_model=lambda precision: Prior(
+            config.model,
+            checkpoint_activations=config.checkpoint_activations,
+            matrix_dtype=precision.matrix_dtype,
+            compute_dtype=precision.compute_dtype,
+        ),
+        resblock_of=resblock_index,
+        histogram_every=config.histogram_every,
         open_reader=training_reader(
             image_tokens.train,
             image_tokens.train_decode,
@@ -242,12 +254,13 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         step=make_step,
         validate=validate,
         sample=sample if _holds_dvae(dvae, manifest) else None,
-        learning_rate=lambda step: warmup_cosine(
-            step, schedule.lr_warmup_steps, schedule.lr_final_multiplier, schedule.lr_steps
-        ),
+        learning_rate=prior_learning_rate(config.schedule),
         scalars=lambda step: {},
         lr_multiplier=lambda name: 1.0,
         facts={"dvae": dvae, "dvae_sha256": manifest.dvae_sha256, "tokenizer_sha256": tokenizer.sha256},
+        averaging=config.averaging,
+        averaging_every=config.averaging_every,
+        upload=open_upload(config.loop.upload, data.read),
         write_files=lambda run: tokenizer.save(run / TOKENIZER_FILE),
     )
 

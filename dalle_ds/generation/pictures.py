@@ -32,9 +32,10 @@ class Painter:
     device: torch.device
 
     @classmethod
-    def load(cls, prior_run: str | Path, dvae_run: str | Path | None = None) -> "Painter":
+    def load(cls, prior_run: str | Path, dvae_run: str | Path | None = None, *, averaged: bool = True) -> "Painter":
         """Loads a prior run; its dVAE is `dvae_run`, or the one that made its token shards.
 
+        The prior has its averaged parameters, where training has kept some, or the last ones when not `averaged`.
         Raises InputError when the dVAE is missing or is not the one whose tokens the prior learned.
         """
         description = find_weights(prior_run, "prior")[1]
@@ -46,7 +47,8 @@ class Painter:
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Tokenizer.load(Path(prior_run) / "tokenizer.model")
-        return cls(tokenizer, load_prior(prior_run).to(device), load_dvae(dvae_run).to(device), device)
+        prior = load_prior(prior_run, averaged=averaged).to(device)
+        return cls(tokenizer, prior, load_dvae(dvae_run).to(device), device)
 
     def paint(self, captions: Sequence[str], config: SamplingConfig) -> list[npt.NDArray[np.uint8]]:
         """One picture, uint8 [S, S, 3], for each caption; picture i draws from generator seed + i."""

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_ds.config import PriorConfig
 from dalle_ds.models.attention import LayerCache, SelfAttention
-from dalle_ds.models.layers import INIT_GAIN, MLP, Head, LayerNorm
+from dalle_ds.models.gradient_scaling import begin_branch, end_branch
+from dalle_ds.models.layers import INIT_GAIN, MLP, Head, LayerNorm, widen
 from dalle_kernels.attention import Mask
 
 
@@ -43,7 +44,7 @@ class TextStates(nn.Module):
         start = self.start.expand(B, 1, -1)
         states = torch.cat([start, F.embedding(text_tokens, self.tokens)], dim=1) + self.position
         is_pad = torch.arange(n + 1, device=text_tokens.device) > text_lengths[:, None]
-        return torch.where(is_pad[..., None], self.pad, states).float()
+        return widen(torch.where(is_pad[..., None], self.pad, states))
 
 
 class ImageStates(nn.Module):
@@ -66,14 +67,23 @@ class ImageStates(nn.Module):
         if first == 0:
             states = torch.cat([self.start.expand(image_tokens.shape[0], 1, -1), states], dim=1)
         p = torch.arange(first, first + states.shape[1], device=states.device)
-        return (states + self.row[p // self.grid_size] + self.column[p % self.grid_size]).float()
+        return widen(states + self.row[p // self.grid_size] + self.column[p % self.grid_size])
 
 
 class Layer(nn.Module):
-    """An attention resblock and an MLP resblock on a float32 residual stream."""
+    """An attention resblock and an MLP resblock on a float32 residual stream (float64 in a model of float64).
 
-    def __init__(self, config: PriorConfig, kind: str) -> None:
+    The two branches compute in `compute_dtype`, or in the dtype of their matrices. `attention_scale` and `mlp_scale`
+    are the resblocks' gradient scales, or none.
+    """
+
+    def __init__(
+        self, config: PriorConfig, kind: str, matrix_dtype: torch.dtype, compute_dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
+        self.compute_dtype = compute_dtype
+        self.attention_scale: Tensor | None = None
+        self.mlp_scale: Tensor | None = None
         mask = Mask(
             kind=kind,
             text_len=config.text_len,
@@ -85,27 +95,44 @@ class Layer(nn.Module):
         # Child et al. 2019: the last matrix of each of the 2 * n_layer resblocks.
         output_gain = INIT_GAIN / math.sqrt(2 * config.n_layer)
         self.attention_norm = LayerNorm(config.dim, relaxed=config.pb_relax)
-        self.attention = SelfAttention(config.n_head, config.head_dim, mask, output_gain)
+        self.attention = SelfAttention(config.n_head, config.head_dim, mask, output_gain, matrix_dtype)
         self.attention_end = _branch_end(config)
         self.mlp_norm = LayerNorm(config.dim, relaxed=config.pb_relax)
-        self.mlp = MLP(config.dim, output_gain)
+        self.mlp = MLP(config.dim, output_gain, matrix_dtype)
         self.mlp_end = _branch_end(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        dtype = self.mlp.up.weight.dtype
-        x = x + self.attention_end(self.attention(self.attention_norm(x).to(dtype), cache)).float()
-        return x + self.mlp_end(self.mlp(self.mlp_norm(x).to(dtype))).float()  # type: ignore[no-any-return]
+        dtype = self.compute_dtype or self.mlp.up.weight.dtype
+        branch = self.attention_norm(begin_branch(x, self.attention_scale)).to(dtype)
+        branch = self.attention_end(self.attention(branch, cache))
+        x = x + end_branch(widen(branch), self.attention_scale)
+        branch = self.mlp_norm(begin_branch(x, self.mlp_scale)).to(dtype)
+        branch = self.mlp_end(self.mlp(branch))
+        return x + end_branch(widen(branch), self.mlp_scale)
 
 
 class Prior(nn.Module):
-    """The transformer; `forward` is the training loss, `states` and the heads serve sampling."""
+    """The transformer; `forward` is the training loss, `states` and the heads serve sampling.
 
-    def __init__(self, config: PriorConfig, *, checkpoint_activations: bool = False) -> None:
+    The matrices of the resblocks are stored in `matrix_dtype` and all else in float32 (section 2.4). The resblocks'
+    branches compute in `compute_dtype`, by default that of their matrices; the stream, norms and logits in float32.
+    """
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        *,
+        checkpoint_activations: bool = False,
+        matrix_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.checkpoint_activations = config, checkpoint_activations
         self.text_states = TextStates(config)
         self.image_states = ImageStates(config)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in layer_kinds(config.n_layer))
+        self.layers = nn.ModuleList(
+            Layer(config, kind, matrix_dtype, compute_dtype) for kind in layer_kinds(config.n_layer)
+        )
         self.text_head = Head(config.dim, config.text_vocab_size, relaxed=config.pb_relax)
         self.image_head = Head(config.dim, config.image_vocab_size, relaxed=config.pb_relax)
 
@@ -134,6 +161,18 @@ class Prior(nn.Module):
             "text_loss": text_loss,
             "image_loss": image_loss,
         }
+
+    def set_gradient_scales(self, scales: Tensor | None) -> None:
+        """Scales the gradients inside resblock k by scales[k] from now on, or no longer when `scales` is none.
+
+        `scales` [2 * n_layer], float32, on the device of the model; attention of layer i is resblock 2 i, its MLP
+        2 i + 1. Views are kept: the scales may be changed in place after a backward pass.
+        """
+        n_block = 2 * len(self.layers)
+        assert scales is None or scales.shape == (n_block,), f"{n_block} resblocks"
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            layer.attention_scale, layer.mlp_scale = (None, None) if scales is None else scales[2 * i : 2 * i + 2]
 
     def run_layers(self, x: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
         """States [B, n, dim] through all layers; with caches, those that follow what the caches hold."""

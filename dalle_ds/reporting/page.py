@@ -15,6 +15,7 @@ from typing import Any
 
 import dalle_ds
 from dalle_ds.config import InputError
+from dalle_ds.reporting.instruments import OWN_SCALARS, TABLE_NOTE, FormatsTable, Instrument, formats_table, instruments
 from dalle_ds.reporting.plots import Curve, line_plot
 from dalle_ds.reporting.run_folder import Example, Figure, Grid, RunFolder
 
@@ -56,6 +57,8 @@ class ShownRun:
     newest: ShownGrid | None
     earlier: list[ShownGrid]
     panels: dict[str, list[Panel]]
+    instruments: list[Instrument]
+    formats: FormatsTable | None
     figures: list[tuple[Figure, str]]  # each with its 95% interval, if it has one
     evaluation_grids: list[ShownGrid]
 
@@ -97,6 +100,7 @@ def render(run: RunFolder, dvae: RunFolder | None) -> str:
         settings=settings(run.config),
         ds_config=json.dumps(run.ds_config, indent=2) if run.ds_config else "",
         versions=versions(run),
+        formats_note=TABLE_NOTE,
         written=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
     )
 
@@ -110,6 +114,8 @@ def shown_run(run: RunFolder) -> ShownRun:
         newest=newest,
         earlier=earlier,
         panels=panels(run),
+        instruments=instruments(run),
+        formats=formats_table(run),
         figures=[(figure, interval(figure)) for figure in run.figures],
         evaluation_grids=[shown for grid in run.evaluation_grids if (shown := _shown_grid(grid))],
     )
@@ -162,7 +168,7 @@ def shown_examples(run: RunFolder) -> list[tuple[Example, str]]:
 def panels(run: RunFolder) -> dict[str, list[Panel]]:
     """A plot for every scalar of the metrics, by section; scalars that PANELS does not know go to "other"."""
     shown: dict[str, list[Panel]] = {}
-    scalars = run.scalars()
+    scalars = [name for name in run.scalars() if name not in OWN_SCALARS]
     for scalar in [*(name for name in PANELS if name in scalars), *(name for name in scalars if name not in PANELS)]:
         section, title, note = PANELS.get(scalar, ("other", scalar, ""))
         curves = []

@@ -7,8 +7,10 @@ light and dark pages alike. Captions and legends are the page's business.
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 WIDTH_INCHES, WIDE_INCHES, HEIGHT_INCHES = 5.0, 10.4, 2.7
 MAX_POINTS = 500  # more than a plot has pixels to show
@@ -37,44 +39,78 @@ class Curve:
 
 
 def line_plot(
-    name: str, curves: Sequence[Curve], *, log_x: bool = False, wide: bool = False, smooth: bool = False
+    name: str,
+    curves: Sequence[Curve],
+    *,
+    log_x: bool = False,
+    wide: bool = False,
+    smooth: bool = False,
+    counts: bool = False,
 ) -> str:
     """The curves over steps as an `<svg>` element. `name` keeps its ids apart from those of other plots.
 
     `log_x` spaces steps logarithmically (step 0 is left out); `smooth` draws a noisy curve pale, with its
-    running mean on top.
+    running mean on top; `counts` are whole numbers from 0 on.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9}):
-        figure = Figure(figsize=(WIDE_INCHES if wide else WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
+    with drawing(name, wide=wide) as figure:
         axes = figure.add_subplot()
         for curve in curves:
             _draw(axes, curve, log_x=log_x, smooth=smooth)
         if log_x:
             axes.set_xscale("log")
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.minorticks_off()
-        axes.margins(x=0.015)
-        axes.set_xlabel("step", color=INK)
-        axes.tick_params(colors=INK, length=0)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "left", "right"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return _inline(buffer.getvalue(), name, ", ".join(curve.label for curve in curves))
+        over_steps(axes, log_x=log_x)
+        if counts:
+            over_counts(axes, max(max(curve.values) for curve in curves))
+        plain(axes)
+        return as_svg(figure, name, ", ".join(curve.label for curve in curves))
+
+
+@contextmanager
+def drawing(name: str, *, wide: bool = False, height: float = HEIGHT_INCHES) -> Iterator[Any]:
+    """A matplotlib figure of the page's size and settings; ids in it depend on `name` alone."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9}):
+        yield Figure(figsize=(WIDE_INCHES if wide else WIDTH_INCHES, height), layout="constrained")
+
+
+def over_steps(axes: Any, *, log_x: bool = False) -> None:
+    """Makes steps of the x axis."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    if not log_x:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("step", color=INK)
+
+
+def over_counts(axes: Any, most: float) -> None:
+    """Makes whole numbers from 0 to a little above `most` of the y axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylim(0, max(1.0, 1.05 * most))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def plain(axes: Any) -> None:
+    """The look of all plots: a line below, and pale lines at the values."""
+    axes.minorticks_off()
+    axes.margins(x=0.015)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def as_svg(figure: Any, name: str, label: str) -> str:
+    """The figure as an `<svg>` element in the page's colours."""
+    buffer = io.StringIO()
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    return _inline(buffer.getvalue(), name, label)
 
 
 def thin(

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.config import InputError
+from dalle_ds.reporting.exponents import Exponents, read_exponents
 
 KINDS = ("dvae", "prior")
+Scalars = dict[str, float | str | list[float]]
 STEP_NAME = re.compile(r"step-(\d+)$")
 SAFETENSORS_LENGTH_BYTES = 8
 BOUND_TERMS = ("reconstruction_bits", "kl_bits", "elbo_bits", "bytes_bits", "kl_nats_per_cell")
@@ -66,8 +68,9 @@ class RunFolder:
     config: dict[str, Any]
     about: dict[str, Any]  # the rest of config.json: version, versions, machine, ...
     ds_config: dict[str, Any] | None
-    metrics: list[dict[str, float | str]]
+    metrics: list[Scalars]
     n_bad_lines: int
+    exponents: list[Exponents]
     grids: list[Grid]
     has_evaluation: bool
     figures: list[Figure]
@@ -82,17 +85,27 @@ class RunFolder:
         for line in self.metrics:
             value = line.get(name)
             if line["kind"] == kind and isinstance(value, float) and math.isfinite(value):
-                points[float(line["step"])] = value
+                points[_step(line)] = value
         steps = sorted(points)
+        return steps, [points[step] for step in steps]
+
+    def series(self, name: str) -> tuple[list[float], list[list[float]]]:
+        """Steps and values of the list `name` in training lines, of which only those as long as the last one."""
+        points: dict[float, list[float]] = {}
+        for line in self.metrics:
+            values = line.get(name)
+            if line["kind"] == "train" and isinstance(values, list) and values:
+                points[_step(line)] = values
+        steps = [step for step in sorted(points) if len(points[step]) == len(points[max(points)])]
         return steps, [points[step] for step in steps]
 
     def scalars(self) -> list[str]:
         """Names of all scalars in the metrics, in order of appearance."""
-        names = dict.fromkeys(name for line in self.metrics for name in line)
+        names = dict.fromkeys(name for line in self.metrics for name in line if not isinstance(line[name], list))
         return [name for name in names if name not in ("step", "kind", "time")]
 
     def last_step(self) -> int:
-        return max((int(line["step"]) for line in self.metrics), default=0)
+        return max((int(_step(line)) for line in self.metrics), default=0)
 
     def seconds(self) -> float:
         """Seconds of training; a resumed run starts its clock again, so the stretches are added up."""
@@ -123,6 +136,7 @@ def read_run_folder(path: Path, kind: str | None = None) -> RunFolder:
         ds_config=_read_json(path / "ds_config.json"),
         metrics=metrics,
         n_bad_lines=n_bad_lines,
+        exponents=read_exponents(path / "histograms.jsonl"),
         grids=_read_grids(path / "samples"),
         has_evaluation=evaluation is not None,
         figures=_read_figures(evaluation or {}),
@@ -164,9 +178,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _read_metrics(path: Path) -> tuple[list[dict[str, float | str]], int]:
+def _read_metrics(path: Path) -> tuple[list[Scalars], int]:
     """The lines of metrics.jsonl, numbers as floats, and how many could not be read (a running job's last one, say)."""
-    lines: list[dict[str, float | str]] = []
+    lines: list[Scalars] = []
     n_bad = 0
     if not path.is_file():
         return lines, n_bad
@@ -179,9 +193,18 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, float | str]], int]:
         if not isinstance(line, dict) or not _is_number(line.get("step")) or not isinstance(line.get("kind"), str):
             n_bad += 1
             continue
-        scalars = {name: float(value) for name, value in line.items() if _is_number(value)}
+        scalars: Scalars = {name: float(value) for name, value in line.items() if _is_number(value)}
+        for name, value in line.items():
+            if isinstance(value, list) and all(map(_is_number, value)):
+                scalars[name] = [float(number) for number in value]
         lines.append({**scalars, "kind": line["kind"]})
     return lines, n_bad
+
+
+def _step(line: Scalars) -> float:
+    step = line["step"]
+    assert isinstance(step, float)
+    return step
 
 
 def _read_grids(folder: Path) -> list[Grid]:

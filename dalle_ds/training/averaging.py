@@ -2,41 +2,68 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dalle_ds.training.engine import Engine, fill_model, gather_weights, master_tensors, set_masters
+from dalle_ds.training.engine import Engine, fill_model
+from dalle_ds.training.engine_state import holdings, split, whole_weights
+from dalle_ds.training.portable import Entry, Piece, write_tensors
 
 # The n-th update uses min(decay, (1 + n) / (WARMUP + n)).
 WARMUP = 10
-STATE = "average"  # entry of the file's metadata
+STATE = "average"  # entry of the file's metadata, and kind of its pieces
+# Elements that are brought to float32 at once, on the CPU.
+PIECE = 2**24
 
 
 class ParameterAverage:
-    """An exponential moving average, in float32, of what the optimizer updates: each rank keeps that of its own share.
+    """An exponential moving average, in float32 on the CPU, of what the optimizer updates: each rank's own share.
 
-    An update follows every `every`-th optimizer step. It costs no communication, and 4 bytes a parameter (a share's
-    parameter, under ZeRO). In 16-bit training the optimizer's float32 weights are averaged. Decay 0 keeps nothing: the
+    An update follows every `every`-th optimizer step. It costs no communication; on the host it takes 4 bytes a
+    parameter (a share's parameter, under ZeRO) and as many again as the optimizer's weights have, for a copy of them.
+    In 16-bit training the optimizer's float32 weights are averaged where there are some. Decay 0 keeps nothing: the
     average is then the weights themselves.
 
-    The paper says only `decay`. Here the n-th update (from 0) uses min(decay, (1 + n) / (10 + n)), which is about the
-    mean of the last n / 9 updates, so that the initial weights are soon forgotten; 0.999 is reached at update 8,990.
+    Training does not wait for an update. The weights go to the CPU on a stream of their own while the next forward pass
+    runs, and a thread averages them; `wait_for_copy` keeps the optimizer off them until they are copied, and whoever
+    needs the average waits for the thread. The result is bit for bit that of doing all this at once.
+
+    The paper says only `decay` and `every`. Here the n-th update (from 0) uses min(decay, (1 + n) / (10 + n)), which is
+    about the mean of the last n / 9 updates, so that the initial weights are soon forgotten; 0.99 is reached at update
+    890, 0.999 at 8,990.
     """
 
     def __init__(self, engine: Engine, decay: float, every: int = 1) -> None:
         assert 0 <= decay < 1
         assert every >= 1
         self.engine, self.decay, self.every = engine, decay, every
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="average")
+        self._pending: Future[None] | None = None
+        self._copied: Any = None
+        self._copies = [torch.empty(m.shape, dtype=m.dtype, pin_memory=m.is_cuda) for m in self._masters()]
+        self._average: list[Tensor] = []
+        if self._copies:
+            self._backend = torch.get_device_module(self._masters()[0].device)
+            self._stream = self._backend.Stream()
         self.restart()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The average, one tensor for each of the optimizer's, with all updates in it."""
+        self._finish()
+        return self._average
 
     @torch.no_grad()
     def restart(self) -> None:
         """Begins anew at the present weights."""
+        self._finish()
         self.n_steps = self.n_updates = 0
-        masters = master_tensors(self.engine) if self.decay else []
-        self.tensors = [master.detach().to(torch.float32, copy=True) for master in masters]
+        self._average = [torch.empty(m.shape, dtype=torch.float32).copy_(m) for m in self._masters()]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -46,7 +73,20 @@ class ParameterAverage:
             return
         decay = min(self.decay, (1 + self.n_updates) / (WARMUP + self.n_updates))
         self.n_updates += 1
-        torch._foreach_lerp_(self.tensors, [master.float() for master in master_tensors(self.engine)], 1 - decay)
+        self._finish()
+        self._stream.wait_stream(self._backend.current_stream())
+        with self._backend.stream(self._stream):
+            for copy, master in zip(self._copies, self._masters(), strict=True):
+                copy.copy_(master, non_blocking=True)
+            self._copied = self._backend.Event()
+            self._copied.record(self._stream)
+        self._pending = self._thread.submit(_mix, self._average, self._copies, 1 - decay, self._copied)
+
+    def wait_for_copy(self) -> None:
+        """To be called before each optimizer step: what follows on the device waits until the weights are copied."""
+        if self._copied is not None:
+            self._backend.current_stream().wait_event(self._copied)
+            self._copied = None
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -61,19 +101,24 @@ class ParameterAverage:
         fill_model(self.engine)
 
     def save(self, path: Path) -> None:
-        """Writes the whole average as safetensors, with the state in its metadata; every rank must call."""
-        from safetensors.torch import save_file
-
+        """Writes the whole average in float32 as safetensors, with the state in its metadata; every rank must call."""
         if not self.decay:
             return
-        with self._lent():
-            weights = gather_weights(self.engine)
-        if torch.distributed.get_rank() == 0:
-            state = {"n_steps": self.n_steps, "n_updates": self.n_updates}
-            save_file(weights, path, metadata={STATE: json.dumps(state)})
+        whole = whole_weights(self.engine, self._pieces())
+        try:
+            if torch.distributed.get_rank() == 0:
+                shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.engine.module.named_parameters()}
+                entries = [Entry(name, torch.float32, shape) for name, shape in shapes.items()]
+                state = json.dumps({"n_steps": self.n_steps, "n_updates": self.n_updates})
+                write_tensors(path, entries, (tensor for _, tensor in whole), {STATE: state})
+        finally:
+            # The other ranks meet this one at every parameter, whatever became of the file.
+            for _ in whole:
+                pass
 
+    @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Goes on from what `save` wrote; begins anew where nothing was written, as in a run without an average."""
+        """Goes on from what `save` wrote on any number of ranks; begins anew where nothing was written."""
         from safetensors import safe_open
 
         if not self.decay:
@@ -81,19 +126,42 @@ class ParameterAverage:
         self.restart()
         if not path.exists():
             return
-        with safe_open(path, "pt") as file, self._lent():
-            set_masters(self.engine, file.get_tensor)
-            self.restart()
+        with safe_open(path, "pt") as file:
+            for piece in self._pieces():
+                stored = file.get_tensor(piece.name).view(-1)
+                piece.tensor.copy_(stored[piece.begin : piece.begin + len(piece.tensor)])
             state = json.loads(file.metadata()[STATE])
         self.n_steps, self.n_updates = state["n_steps"], state["n_updates"]
+
+    def _masters(self) -> list[Tensor]:
+        return [holding.tensor for holding in holdings(self.engine)] if self.decay else []
+
+    def _pieces(self) -> Iterator[Piece]:
+        return split(self.engine, STATE, self.tensors)
+
+    def _finish(self) -> None:
+        """Waits for the update that is under way, if one is."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[None]:
         """Inside, the average stands where the optimizer has its weights."""
-        masters = master_tensors(self.engine)
+        self._finish()
+        masters = self._masters()
         with torch.no_grad():
-            kept = [master.clone() for master in masters]
-            torch._foreach_copy_(masters, self.tensors)
+            torch._foreach_copy_(self._copies, masters)
+            torch._foreach_copy_(masters, self._average)
         yield
         with torch.no_grad():
-            torch._foreach_copy_(masters, kept)
+            torch._foreach_copy_(masters, self._copies)
+
+
+@torch.no_grad()
+def _mix(averages: Sequence[Tensor], copies: Sequence[Tensor], weight: float, copied: Any) -> None:
+    """Moves each average by `weight` of its way towards the copy, once the event `copied` has come."""
+    copied.synchronize()
+    for average, copy in zip(averages, copies, strict=True):
+        for mean, piece in zip(*(torch.split(tensor.view(-1), PIECE) for tensor in (average, copy)), strict=True):
+            mean.lerp_(piece.float(), weight)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.config import InputError, require
+from dalle_ds.training.optimizer import CompactAdamW
+from dalle_ds.training.sections import OWN_SECTIONS, take_sections
 
 # What DeepSpeed 0.19 reads at the top level (runtime/config.py and runtime/constants.py).
 TOP_LEVEL = {
@@ -27,6 +29,8 @@ SECTIONS = {
 COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # What DeepSpeed takes out of the params of Adam and AdamW before the optimizer sees them.
 ADAM_ONLY = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "bias_correction"}
+# The optimizer of training/optimizer.py.
+COMPACT = "CompactAdamW"
 # Sections with another home in this project, and the sentence that says where.
 ELSEWHERE = {"scheduler": "the shape of the learning rate is a flag (--schedule.*); the JSON holds its peak"}
 
@@ -49,7 +53,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     config = _without_comments(config)
     for key, reason in ELSEWHERE.items():
         require(key not in config, f"{path}: section {key!r} does not belong here: {reason}")
-    _refuse_unknown(config, TOP_LEVEL, str(path))
+    _refuse_unknown(config, TOP_LEVEL | OWN_SECTIONS, str(path))
     for section, known in SECTIONS.items():
         _refuse_unknown(config.get(section, {}), known, f"{path}: section {section!r}")
     for section, model in _pydantic_sections().items():
@@ -71,7 +75,9 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     require(
         _is_number(clipping) and clipping >= 0, f"{path}: gradient_clipping {clipping!r} must be a number, 0 for none"
     )
-    _check_accumulation_dtype(config, str(path))
+    sections, _ = take_sections(config, str(path))
+    if not sections.is_any:
+        _check_accumulation_dtype(config, str(path))
     require(
         "train_micro_batch_size_per_gpu" in config or "train_batch_size" in config,
         f"{path}: set train_micro_batch_size_per_gpu or train_batch_size",
@@ -132,12 +138,21 @@ def _check_optimizer(section: dict[str, Any], where: str) -> None:
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     name, params = section.get("type"), section.get("params", {})
-    known = isinstance(name, str) and (name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name))
-    require(known, f"{where}.type {name!r} is no optimizer of DeepSpeed or torch; use AdamW")
+    known = isinstance(name, str) and (
+        name == COMPACT or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)
+    )
+    require(known, f"{where}.type {name!r} is no optimizer of DeepSpeed or torch; use AdamW or {COMPACT}")
     require(isinstance(params, dict) and "lr" in params, f"{where}.params.lr, the peak, is missing")
     require(
         _is_number(params["lr"]) and params["lr"] > 0, f"{where}.params.lr {params['lr']!r} must be a number above 0"
     )
+    if name == COMPACT:
+        taken = set(inspect.signature(CompactAdamW).parameters) - {"params", "seed"}
+        _refuse_unknown(params, taken, f"{where}.params")
+        try:
+            CompactAdamW([torch.zeros(1)], **params)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}.params: {error}") from None
     if str(name).lower() in ("adam", "adamw"):
         taken = set(inspect.signature(torch.optim.AdamW).parameters) - {"params"}
         _refuse_unknown(params, taken | ADAM_ONLY, f"{where}.params")

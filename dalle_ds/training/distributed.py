@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-TIMEOUT = datetime.timedelta(minutes=30)
+from dalle_ds.config import Preempted
+
+# Minutes that a collective outlasts the timeout, so that the watch over the ranks (training/watch.py) can speak first.
+MARGIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Joins the process group that the launcher describes (or one of a single process) and leaves it at the end."""
+def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+    """Joins the process group that the launcher describes (or one of a single process) and leaves it at the end.
+
+    Collectives that wait longer than a minute over `timeout_minutes` fail, in whatever group.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -46,17 +52,24 @@ def process_group() -> Iterator[Ranks]:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    timeout = datetime.timedelta(minutes=timeout_minutes + MARGIN)
+    # The groups that are made later, DeepSpeed's own among them, take torch's defaults: 10 minutes for NCCL.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    together = False
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
-    except BaseException:
-        # A rank that fails must not wait for the others in a barrier: the launcher ends them.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        together = True
+    except Preempted:
+        together = True
         raise
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():
+            # A rank that fails must not wait for the others in a barrier: the launcher ends them.
+            if together:
+                dist.barrier()
+            dist.destroy_process_group()
 
 
 def _set_single_process_defaults() -> None:

@@ -1,59 +1,35 @@
-"""The DeepSpeed engine around a model: the only caller of `deepspeed.initialize`."""
+"""The DeepSpeed engine around a model: what is asked of it step by step, and of its weights."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
-from dalle_ds.training.deepspeed_config import zero_stage
+from dalle_ds.training.gradient_path import GradientPath, Unscaling
+from dalle_ds.training.gradient_scales import GradientScales, NoScaling
+from dalle_kernels.compression.zero_hook import Machines
 
 Engine = Any
 
 SHARDED_WEIGHTS = 3  # ZeRO stage
 
 
-def build_engine(
-    build_model: Callable[[], nn.Module],
-    config: dict[str, Any],
-    seed: int,
-    lr_multiplier: Callable[[str], float] = lambda name: 1.0,
-) -> Engine:
-    """Builds the model, sharded from the start under ZeRO-3, and hands it to DeepSpeed.
+@dataclass(frozen=True)
+class Extras:
+    """What our engines have beyond DeepSpeed's."""
 
-    Matrices are decayed; gains, biases and single vectors are not. `lr_multiplier` maps a parameter's name to a
-    multiple of the peak learning rate. The same seed gives the same weights on any number of ranks.
-    """
-    import deepspeed
-
-    torch.manual_seed(seed)
-    if zero_stage(config) == SHARDED_WEIGHTS:
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = build_model()
-    else:
-        model = build_model()
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        decayed, multiplier = _n_rows(parameter) > 1, lr_multiplier(name)
-        group = groups.setdefault((decayed, multiplier), {"params": [], **({} if decayed else {"weight_decay": 0.0})})
-        group["params"].append(parameter)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(groups.values()), config=config)
-    if hasattr(engine.optimizer, "fp16_groups") and zero_stage(config) == 0:
-        # In 16-bit training without ZeRO, DeepSpeed 0.19.8 begins with a step of no gradients, which Adam would count.
-        engine.optimizer.optimizer.state.clear()
-    multipliers = [multiplier for _, multiplier in groups]
-    engine.peak_learning_rates = [
-        group["lr"] * multiplier for group, multiplier in zip(engine.optimizer.param_groups, multipliers, strict=True)
-    ]
-    return engine
-
-
-def _n_rows(parameter: Tensor) -> int:
-    """Rows of a matrix; 1 for a vector. ZeRO-3 keeps a sharded parameter's shape aside."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return int(shape[0]) if len(shape) > 1 else 1
+    scaling: GradientScales | NoScaling
+    unscaling: Unscaling | None = None
+    """None where DeepSpeed handles gradients alone"""
+    path: GradientPath | None = None
+    """None where DeepSpeed averages gradients"""
+    machines: Machines | None = None
+    """None where all ranks share one set of shards"""
 
 
 def set_learning_rate(engine: Engine, multiplier: float) -> float:
@@ -70,7 +46,9 @@ def backward(engine: Engine, loss: Tensor) -> None:
     vanish. So it is scaled here.
     """
     engine.unscaled_norm_factor = 1.0
-    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+    if engine.extras.scaling.values is not None:
+        loss = loss / torch.distributed.get_world_size()  # for which the scales make up
+    elif engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
         scale = float(engine.optimizer.loss_scale)
         loss = loss.float() * scale
         # Of DeepSpeed's two optimizers of that kind, the unfused one also reports the norm of the scaled gradients.
@@ -82,6 +60,19 @@ def gradient_norm(engine: Engine) -> float | None:
     """Global norm of the last step's gradients before clipping; None where DeepSpeed has not computed it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm) * engine.unscaled_norm_factor
+
+
+def instruments(engine: Engine) -> dict[str, Any]:
+    """What is known of an engine's gradients so far: updates skipped, and by resblock scales and non-finite events."""
+    values: dict[str, Any] = {"skipped_updates": engine.skipped_steps}
+    scaling = engine.extras.scaling
+    if scaling.values is not None and scaling.n_events is not None:
+        values["gradient_scales"] = scaling.values.tolist()
+        values["nonfinite_events"] = scaling.n_events.tolist()
+    norm = gradient_norm(engine)
+    if norm is not None and math.isfinite(norm):
+        values["gradient_norm"] = norm
+    return values
 
 
 def n_parameters(engine: Engine) -> int:
@@ -143,12 +134,19 @@ def set_masters(engine: Engine, weight: Callable[[str], Tensor]) -> None:
 @torch.no_grad()
 def fill_model(engine: Engine) -> None:
     """Makes the weights that the model computes with those of the master tensors; every rank must call."""
-    import deepspeed
-
+    if engine.zero_optimization_stage() == SHARDED_WEIGHTS:
+        optimizer = engine.optimizer
+        flats = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+        # What was gathered is of the old weights, and small parameters always are.
+        engine.empty_partition_cache()
+        for flat, master in flats:
+            flat.data.copy_(master.data)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        return
     for _, parameter, master in _whole_masters(engine):
         if master is not parameter:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-                parameter.data.copy_(master)
+            parameter.data.copy_(master)
 
 
 def _whole_masters(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

@@ -9,9 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.config import Preempted
 from dalle_ds.training.averaging import ParameterAverage
-from dalle_ds.training.engine import Engine, backward, gradient_norm, set_learning_rate
+from dalle_ds.training.engine import Engine, backward, instruments, set_learning_rate
+from dalle_ds.training.histograms import GradientHistograms
 from dalle_ds.training.metrics import MetricsLog, TrainingProgress, mean_over_ranks
+from dalle_ds.training.requests import Requests
+from dalle_ds.training.schedules import LearningRate
+from dalle_ds.training.watch import Watch
 
 Batch = dict[str, Any]
 Step = Callable[[Batch, int, int], dict[str, Tensor]]
@@ -30,28 +35,37 @@ def train(
     *,
     start: int,
     steps: int,
-    learning_rate: Callable[[int], float],
+    learning_rate: LearningRate,
     scalars: Callable[[int], dict[str, float]],
     actions: Sequence[Action],
+    save: Callable[[int], None],
     log_every: int,
     metrics: MetricsLog | None,
     progress: TrainingProgress | None,
+    requests: Requests,
+    watch: Watch,
+    histograms: GradientHistograms,
 ) -> None:
     """Trains from step `start` to `steps`.
 
-    `step(batch, step, micro_step)` returns scalar tensors with "loss"; `learning_rate(step)` is a multiplier of the
-    peak and `scalars(step)` what else the log shows; every (every, action) runs after each `every` steps, and at the
-    end whatever its number. Raises Diverged, on every rank, naming the first rank and step whose loss was not finite.
+    `step(batch, step, micro_step)` returns scalar tensors with "loss"; `learning_rate` gives a multiplier of the peak
+    and sees each step's loss, `scalars(step)` is what else the log shows; every (every, action) runs after each `every`
+    steps, and at the end whatever its number. Raises Diverged, on every rank, naming the first rank and step whose loss
+    was not finite; and Preempted, when somebody asked to stop, after `save` of the step that had ended.
     """
     accumulation = engine.gradient_accumulation_steps()
     window: list[dict[str, Tensor]] = []
     first_bad = torch.full((), math.inf, device=engine.device)
     window_began = time.time()
     for index in range(start, steps):
-        rate = set_learning_rate(engine, learning_rate(index))
+        watch.beat(index + 1)
+        requests.post()
+        histograms.begin(index + 1, engine.extras.unscaling)
+        rate = set_learning_rate(engine, learning_rate.multiplier(index))
         for micro_step in range(accumulation):
             outputs = step(next(batches), index, micro_step)
             backward(engine, outputs["loss"])
+            average.wait_for_copy()
             engine.step()
             window.append({name: value.detach().float() for name, value in outputs.items()})
             now_bad = torch.where(torch.isfinite(window[-1]["loss"]), math.inf, float(index + 1))
@@ -60,23 +74,33 @@ def train(
         if engine.was_step_applied():
             average.update()
         done = index + 1
+        histograms.end(done)
+        loss = torch.stack([outputs["loss"] for outputs in window[-accumulation:]]).mean()
+        if learning_rate.observe(index, loss) and metrics is not None:
+            metrics.write(done, "halving", {"by": "plateau", "multiplier": learning_rate.multiplier(done)})
+        asked = requests.agreed()
+        if asked.halve:
+            learning_rate.halve()
+            if metrics is not None:
+                metrics.write(done, "halving", {"by": "hand", "multiplier": learning_rate.multiplier(done)})
         due = [action for every, action in actions if done == steps or (every and done % every == 0)]
+        # When asked to stop there is time to save, perhaps for no more; but what the end of a run does comes only once.
+        due = [save, *(action for action in due if action is not save and done == steps)] if asked.stop else due
         if done % log_every == 0 or done == steps or due:
             means = mean_over_ranks(window)
             _check_finite(first_bad)
             n_images = len(window) // accumulation * engine.train_batch_size()
             rate_of_images = n_images / (time.time() - window_began)
             values = {**means, "learning_rate": rate, **scalars(index), "images_per_second": rate_of_images}
-            norm = gradient_norm(engine)
-            if norm is not None:
-                values["gradient_norm"] = norm
             if metrics is not None:
-                metrics.write(done, "train", values)
+                metrics.write(done, "train", {**values, **instruments(engine)})
             if progress is not None:
                 progress.update(done, means["loss"], rate_of_images)
             for action in due:
                 action(done)
             window, window_began = [], time.time()
+        if asked.stop:
+            raise Preempted(f"saved step {done}; go on with --resume auto")
 
 
 def _check_finite(first_bad: Tensor) -> None:

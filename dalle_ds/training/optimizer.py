@@ -94,7 +94,7 @@ class CompactAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self._state(parameter, group)
+        state = self.make_state(parameter, group)
         state["step"] += 1
         update = Update.at(state["step"], group, self.seed, state["position"])
         assert parameter.grad is not None
@@ -108,8 +108,8 @@ class CompactAdamW(torch.optim.Optimizer):
         else:
             self._scratch = update_on_cpu(weights, gradients, means, variances, rest, update, self._scratch)
 
-    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The parameter's state, made at its first update."""
+    def make_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, made at its first update, or before to be filled."""
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
             if "position" not in state:

@@ -14,15 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dalle_ds.config import LoopConfig
+from dalle_ds.config import LoopConfig, require
 from dalle_ds.training.averaging import ParameterAverage
-from dalle_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle_ds.training.construction import Precision, build_engine
 from dalle_ds.training.deepspeed_config import batch_sizes, load_deepspeed_config
 from dalle_ds.training.distributed import Ranks
-from dalle_ds.training.engine import Engine, build_engine, n_parameters, whole_model
+from dalle_ds.training.engine import Engine, n_parameters, whole_model
+from dalle_ds.training.histograms import GradientHistograms
 from dalle_ds.training.loop import Batch, Step, train
 from dalle_ds.training.metrics import MetricsLog, training_progress
+from dalle_ds.training.requests import Requests
 from dalle_ds.training.run import check_same_model, open_run, write_run
+from dalle_ds.training.run_state import RunState
+from dalle_ds.training.schedules import LearningRate
+from dalle_ds.training.watch import Watch
 
 VERSIONED = ("torch", "deepspeed", "triton", "numpy")
 
@@ -37,13 +42,20 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+class Upload(Protocol):
+    """Called with each finished checkpoint, copies it elsewhere in the background; `close` waits for the last one."""
+
+    def __call__(self, checkpoint: Path) -> None: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """What a training command brings: a model, its data, its step and its schedules."""
 
     kind: str
     config: Any
-    build_model: Callable[[], nn.Module]
+    build_model: Callable[[Precision], nn.Module]
     open_reader: Callable[[int], Reader]
     """micro-batch size -> training batches"""
     open_validation: Callable[[int], Iterator[Batch]] | None
@@ -53,7 +65,7 @@ class Stage:
     """engine, batches, how many of them, step -> figures"""
     sample: Callable[[nn.Module, Path | None], None] | None
     """whole model, path of the PNG to write (None where nothing is to be written); called on every rank"""
-    learning_rate: Callable[[int], float]
+    learning_rate: LearningRate
     scalars: Callable[[int], dict[str, float]]
     lr_multiplier: Callable[[str], float]
     """parameter name -> multiple of the learning rate"""
@@ -61,6 +73,14 @@ class Stage:
     """further entries of config.json"""
     averaging: float = 0.0
     """decay of the averaged parameters, which evaluate and sample; 0 for none"""
+    averaging_every: int = 1
+    """updates between those that the average takes in"""
+    histogram_every: int = 0
+    """steps between histograms of gradients; 0 for none"""
+    resblock_of: Callable[[str], int | None] = lambda name: None
+    """parameter name -> number of its resblock, which has a gradient scale of its own"""
+    upload: Upload | None = None
+    """what the first rank hands its checkpoints to"""
     write_files: Callable[[Path], None] = lambda run: None
     """run folder -> writes what else belongs into it, before the first step"""
 
@@ -72,8 +92,16 @@ class Stage:
 def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed_config: str) -> None:
     """Trains the stage into the run folder `out`, going on from its newest checkpoint when `resume` is auto.
 
-    Everything that can be refused is refused before the run folder is touched.
+    Everything that can be refused is refused before the run folder is touched. Raises Preempted, having saved, when
+    somebody asks it to stop; ends the process when a rank does not come (training/watch.py).
     """
+    with Requests(out) as requests, Watch(stage.loop.timeout_minutes) as watch:
+        _train(stage, ranks, requests, watch, out=out, resume=resume, deepspeed_config=deepspeed_config)
+
+
+def _train(
+    stage: Stage, ranks: Ranks, requests: Requests, watch: Watch, *, out: Path, resume: str, deepspeed_config: str
+) -> None:
     loop = stage.loop
     ds_config = load_deepspeed_config(deepspeed_config)
     micro_batch_size, _ = batch_sizes(ds_config, ranks.world_size, deepspeed_config)
@@ -82,12 +110,10 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
     if checkpoint is not None:
         check_same_model(out, stage.kind, config, stage.facts)
     reader = stage.open_reader(micro_batch_size)
-    engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier)
-    average = ParameterAverage(engine, stage.averaging)
-    start = 0
-    if checkpoint is not None:
-        start, state = load_checkpoint(engine, checkpoint, average)
-        reader.load_state_dict(state["reader"])
+    engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier, stage.resblock_of)
+    average = ParameterAverage(engine, stage.averaging, stage.averaging_every)
+    state = RunState(engine, average, reader, stage.learning_rate)
+    start = 0 if checkpoint is None else state.restore(checkpoint)
     if ranks.is_first:
         versions = {"python": platform.python_version(), **installed_versions()}
         facts = {"n_parameters": n_parameters(engine), "world_size": ranks.world_size, "versions": versions}
@@ -95,6 +121,7 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
         stage.write_files(out)
     dist.barrier()
     metrics = MetricsLog(out / "metrics.jsonl", start) if ranks.is_first else None
+    histograms = _open_histograms(engine, stage.histogram_every, out, start)
 
     def evaluate(step: int) -> None:
         if stage.open_validation is None:
@@ -114,7 +141,9 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
                 stage.sample(model, out / "samples" / f"step-{step:08d}.png" if ranks.is_first else None)
 
     def save(step: int) -> None:
-        save_checkpoint(engine, out, step, {"reader": reader.state_dict()}, loop.keep, average)
+        path = state.save(out, step, loop)
+        if ranks.is_first and stage.upload is not None:
+            stage.upload(path)
 
     began = time.time()
     with closing(reader), training_progress(stage.kind, loop.steps, start, shown=ranks.is_first) as progress:
@@ -128,15 +157,31 @@ def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed
             learning_rate=stage.learning_rate,
             scalars=stage.scalars,
             actions=[(loop.evaluate_every, evaluate), (loop.sample_every, sample), (loop.save_every, save)],
+            save=save,
             log_every=loop.log_every,
             metrics=metrics,
             progress=progress,
+            requests=requests,
+            watch=watch,
+            histograms=histograms,
         )
     engine.destroy()
     if ranks.is_first:
+        if stage.upload is not None:
+            stage.upload.close()
         what = f"steps {start + 1} to {loop.steps}" if start < loop.steps else f"nothing to do, {start} steps are done"
         print(f"{out}: {what} in {time.time() - began:.0f} s", flush=True)
         warn_of_skipped(out)
+
+
+def _open_histograms(engine: Engine, every: int, out: Path, start: int) -> GradientHistograms:
+    require(
+        every == 0 or engine.extras.unscaling is not None,
+        'histogram_every looks at gradients on their way: add the section "mixed_precision": {} to the DeepSpeed JSON',
+    )
+    scales = engine.extras.scaling.values
+    log = MetricsLog(out / "histograms.jsonl", start) if every and dist.get_rank() == 0 else None
+    return GradientHistograms(every, 0 if scales is None else len(scales), engine.device, log)
 
 
 def warn_of_skipped(out: Path) -> None:

@@ -1,0 +1,147 @@
+"""Write a trained model as one safetensors file, a JSON of its settings and a model card.
+
+    dalle-ds export runs/prior --out exported/prior
+
+Takes a run folder of either stage, or one of its checkpoints: the averaged parameters where training has kept some. The
+file of the weights is the run's own, byte for byte, so that tokens made with an exported dVAE stay those of the run's.
+`dalle-ds import-model` makes a run folder of it again. The card's licence line is for you to fill in.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dalle_ds.config import InputError
+
+WEIGHTS, CONFIG, CARD, TOKENIZER = "model.safetensors", "config.json", "README.md", "tokenizer.model"
+# Entries of a run's config.json that say what the model is; the others say where and how it was trained.
+KEPT = ("kind", "version", "n_parameters", "dvae_sha256", "tokenizer_sha256")
+NAMES = {
+    "dvae": "discrete VAE: the first stage, which turns pictures into a grid of tokens and back",
+    "prior": "transformer over captions and image tokens: the second stage, which draws pictures for captions",
+}
+USES = {
+    "dvae": "dalle-ds encode-images --dvae RUN ...\n    dalle-ds reconstruct --dvae RUN ...",
+    "prior": 'dalle-ds sample --prior RUN --dvae ITS_DVAE --out pictures "a red circle"',
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run folder of `dalle-ds train-dvae` or `train-prior`, or one of its checkpoints")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--last_weights", action="store_true", help="the last weights, not the averaged ones")
+
+
+def run(args: argparse.Namespace) -> None:
+    from dalle_ds.commands.import_dvae import check_free
+    from dalle_ds.models.weights import find_weights
+
+    out = Path(args.out)
+    check_free(out)
+    weights, description = find_weights(args.run, kind_of(args.run), averaged=not args.last_weights)
+    folder = weights.parent.parent.parent
+    facts = {
+        "step": read_json(weights.parent / "complete.json").get("step", 0),
+        "averaged": weights.name != WEIGHTS,
+        "sha256": sha256(weights),
+    }
+    settings = {name: description[name] for name in KEPT if name in description} | facts
+    settings["config"] = {"model": description["config"]["model"]}
+    card = make_card(description, settings, read_json(folder / "ds_config.json"), last_validation(folder))
+    staging = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    try:
+        staging.mkdir(parents=True)
+        shutil.copyfile(weights, staging / WEIGHTS)
+        if (folder / TOKENIZER).exists():
+            shutil.copyfile(folder / TOKENIZER, staging / TOKENIZER)
+        (staging / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        (staging / CARD).write_text(card)
+        if out.exists():
+            out.rmdir()
+        staging.rename(out.absolute())
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{out}: {NAMES[settings['kind']].partition(':')[0]} of step {facts['step']}, with its card", flush=True)
+
+
+def kind_of(path: str) -> str:
+    """dvae or prior: what the run folder or checkpoint holds; the caller's own search says what is wrong with it."""
+    folder = Path(path)
+    run = folder.parent.parent if (folder / "complete.json").exists() else folder
+    kind = str(read_json(run / CONFIG).get("kind", "prior"))
+    return kind if kind in NAMES else "prior"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; empty when there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises InputError when there is none."""
+    import hashlib
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def last_validation(run: Path) -> dict[str, float]:
+    """The last figures on validation data in metrics.jsonl, if there are any."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines if '"validation"' in line]
+    return {name: value for name, value in found[-1].items() if isinstance(value, float)} if found else {}
+
+
+def make_card(
+    description: dict[str, Any], settings: dict[str, Any], ds_config: dict[str, Any], validation: dict[str, float]
+) -> str:
+    """The model card, in Markdown."""
+    kind: str = settings["kind"]
+    config = description["config"]
+    enabled = [name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")]
+    optimizer = ds_config.get("optimizer", {})
+    data = config.get("data", {})
+    made: dict[str, Any] = {
+        "steps": settings["step"],
+        "weights": "averaged over training" if settings["averaged"] else "of the last step",
+        "optimizer": f"{optimizer.get('type', '?')}, peak learning rate {optimizer.get('params', {}).get('lr', '?')}",
+        "precision": enabled[0] if enabled else "fp32",
+        "ZeRO stage": ds_config.get("zero_optimization", {}).get("stage", 0),
+        "processes": description.get("world_size", "?"),
+        "seed": config.get("loop", {}).get("seed", "?"),
+        "versions": ", ".join(f"{name} {version}" for name, version in description.get("versions", {}).items()),
+    }
+    if "imported" in description:
+        made = {"imported from": json.dumps(description["imported"])}
+    identities: dict[str, Any] = {
+        name: settings[name] for name in ("sha256", "dvae_sha256", "tokenizer_sha256") if name in settings
+    }
+    files = {WEIGHTS: "weights, float32", CONFIG: "settings"}
+    parts: dict[str, str] = {
+        "What it is": f"A {NAMES[kind]} ([Zero-Shot Text-to-Image Generation](https://arxiv.org/abs/2102.12092)).\n\n"
+        + table({"parameters": f"{settings.get('n_parameters', 0):,}", **settings["config"]["model"]}),
+        "How it was made": f"By dalle-ds {description.get('version', '?')}.\n\n" + table(made),
+        "Data": table({"training": data.get("train", "?"), "validation": data.get("validation") or "none"}),
+        "Figures on validation data": table(validation) if validation else "None were recorded.",
+        "Files": table(files | identities),
+        "How to use it": f"    dalle-ds import-model THIS_FOLDER --out RUN\n    {USES[kind]}",
+        "Licence": "<!-- Say under which terms others may use the model; the data may set some. -->\nNot stated yet.",
+    }
+    return "# " + kind + "\n\n" + "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
+
+
+def table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

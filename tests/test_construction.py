@@ -1,0 +1,368 @@
+"""The real DeepSpeed engine with our sections, on real processes: if its seam moved, the first test would see it."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_distributed
+
+from dalle_ds.config import InputError, PriorConfig
+
+N_RANKS, STEPS, BATCH = 4, 4, 8
+TINY = PriorConfig(text_vocab_size=32, text_len=8, image_vocab_size=32, grid_size=4, n_layer=2, n_head=2, head_dim=16)
+N_RESBLOCKS = 2 * TINY.n_layer
+FP16 = {"fp16": {"enabled": True, "loss_scale": 1}}
+BF16 = {"bf16": {"enabled": True}}
+SCALED = {"resblock_gradient_scaling": {}}
+MACHINES = {"hierarchical_sharding": {"machine_size": 2}}
+# Of full rank, so that nothing is left out; in full, so that nothing is rounded.
+FULL_RANK = {"gradient_compression": {"type": "powersgd", "matrix_rank": 256, "wire": "full", "errors": "full"}}
+COMPACT = {"optimizer": {"type": "CompactAdamW", "params": {"lr": 3e-3}}, "mixed_precision": {"master_weights": False}}
+
+
+def ds_config(stage, world_size=N_RANKS, accumulation=1, **sections):
+    adamw = {"lr": 3e-3, "betas": [0.9, 0.96], "weight_decay": 4.5e-2, "torch_adam": True}
+    return {
+        "train_micro_batch_size_per_gpu": BATCH // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 20_000,
+            "stage3_prefetch_bucket_size": 20_000,
+            "stage3_param_persistence_threshold": 0,
+        },
+        **copy.deepcopy(sections),
+    }
+
+
+# What must train as float32 on one process does, name -> (config, tolerance of the losses).
+EXACT, HALF = 2e-6, 3e-5
+CASES = {
+    **{f"stage{stage}-scaled": (ds_config(stage, **SCALED), EXACT) for stage in range(4)},
+    **{f"stage{stage}-scaled-fp16": (ds_config(stage, **SCALED, **FP16), HALF) for stage in range(4)},
+    "stage2-scaled-accumulated": (ds_config(2, accumulation=2, **SCALED), EXACT),
+    "stage3-scaled-accumulated": (ds_config(3, accumulation=2, **SCALED), EXACT),
+    "stage3-mixed": (ds_config(3, mixed_precision={}), EXACT),
+    "stage3-mixed-bf16": (ds_config(3, mixed_precision={}, **BF16), 8 * HALF),
+    "stage3-mixed-fp16-global": (ds_config(3, mixed_precision={}, fp16={"enabled": True}), HALF),
+    "stage3-16-bit-everything": (ds_config(3, **SCALED, **FP16, **COMPACT), HALF),
+    "machines": (ds_config(3, **MACHINES), EXACT),
+    "machines-scaled-fp16": (ds_config(3, **MACHINES, **SCALED, **FP16), HALF),
+    "machines-full-rank": (ds_config(3, **MACHINES, **FULL_RANK), EXACT),
+    "machines-full-rank-scaled-accumulated": (ds_config(3, accumulation=2, **MACHINES, **SCALED, **FULL_RANK), EXACT),
+    "machines-of-four-full-rank": (ds_config(3, hierarchical_sharding={"machine_size": 4}, **FULL_RANK), EXACT),
+    "machines-of-one-full-rank": (ds_config(3, hierarchical_sharding={"machine_size": 1}, **FULL_RANK), EXACT),
+    "stage0-full-rank": (ds_config(0, **FULL_RANK), EXACT),
+    "stage1-full-rank-scaled": (ds_config(1, **SCALED, **FULL_RANK), EXACT),
+}
+PAPERS_16_BIT = {
+    "gradient_compression": {"type": "powersgd", "matrix_rank": 8},
+    **MACHINES,
+    **SCALED,
+    **FP16,
+    **COMPACT,
+}
+
+
+def build(precision):
+    from dalle_ds.models.prior import Prior
+
+    return Prior(TINY, matrix_dtype=precision.matrix_dtype, compute_dtype=precision.compute_dtype)
+
+
+def make_engine(config, seed=0):
+    from dalle_ds.models.gradient_scaling import resblock_index
+    from dalle_ds.training.construction import build_engine
+
+    return build_engine(build, config, seed, resblock_of=resblock_index)
+
+
+def batch_of(step, part, n_parts):
+    """The part's share of the batch of a step, with captions of one length: means over parts make that of the whole."""
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(TINY.text_vocab_size, (BATCH, TINY.text_len - 1), generator=generator)
+    codes = torch.randint(TINY.image_vocab_size, (BATCH, TINY.image_len), generator=generator)
+    share = slice(part * BATCH // n_parts, (part + 1) * BATCH // n_parts)
+    return text[share], torch.full((BATCH,), 5)[share], codes[share]
+
+
+def train(engine, steps, before=lambda step: None):
+    """For each step: mean loss, gradient norm, whether it was applied."""
+    from dalle_ds.training.engine import backward, gradient_norm
+
+    log = []
+    accumulation, world_size = engine.gradient_accumulation_steps(), dist.get_world_size()
+    for step in steps:
+        before(step)
+        loss = torch.zeros(())
+        for micro_step in range(accumulation):
+            part = dist.get_rank() * accumulation + micro_step
+            output = engine(*batch_of(step, part, world_size * accumulation))["loss"]
+            backward(engine, output)
+            engine.step()
+            loss += output.detach() / accumulation / world_size
+        dist.all_reduce(loss)
+        log.append((float(loss), gradient_norm(engine), engine.was_step_applied()))
+    return log
+
+
+def masters(engine):
+    from dalle_ds.training.engine import master_tensors
+
+    return [tensor.detach().clone() for tensor in master_tensors(engine)]
+
+
+def run_cases(cases):
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.engine import gather_weights
+
+    results = {}
+    with process_group():
+        for name, config in cases.items():
+            engine = make_engine(config)
+            log = train(engine, range(STEPS))
+            path = engine.extras.path
+            results[name] = {
+                "log": log,
+                "weights": gather_weights(engine),
+                "dtypes": sorted({str(tensor.dtype) for tensor in masters(engine)}),
+                "traffic": None if path is None else path.compressor.traffic,
+                "masters": masters(engine),
+                "skipped": engine.skipped_steps,
+            }
+            engine.destroy()
+    return results
+
+
+@pytest.fixture(scope="module")
+def reference():
+    [results] = run_distributed(run_cases, 1, {"float32": ds_config(1, world_size=1)})
+    return results["float32"]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_distributed(run_cases, N_RANKS, {name: config for name, (config, _) in CASES.items()}, timeout=400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_norms_are_those_of_float32_on_one_process(results, reference, name):
+    tolerance = CASES[name][1]
+    for rank in results:
+        assert rank[name]["skipped"] == 0
+        for (loss, norm, _), (expected, expected_norm, _) in zip(rank[name]["log"], reference["log"], strict=True):
+            assert math.isclose(loss, expected, abs_tol=tolerance)
+            assert math.isclose(norm, expected_norm, rel_tol=20 * tolerance)
+    weights = results[0][name]["weights"]
+    if tolerance == EXACT:
+        for parameter, value in weights.items():
+            torch.testing.assert_close(value, reference["weights"][parameter], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_machines_hold_the_same_weights_bit_for_bit(results):
+    for name in CASES:
+        if name.startswith("machines-scaled") or name in ("machines", "machines-full-rank"):
+            for first, second in ((0, 2), (1, 3)):
+                pairs = zip(results[first][name]["masters"], results[second][name]["masters"], strict=True)
+                assert all(a.equal(b) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_matrices_alone_are_stored_in_16_bits(results):
+    assert results[0]["stage3-16-bit-everything"]["dtypes"] == ["torch.float16", "torch.float32"]
+    assert results[0]["stage3-scaled-fp16"]["dtypes"] == ["torch.float32"]
+
+
+def plant_infinities(engine, places):
+    """Makes the gradient inside a resblock infinite on a rank: (step, resblock) -> rank. Returns what sets the step."""
+    now = {"step": -1}
+
+    def plant(resblock):
+        def hook(module, inputs, output):
+            if places.get((now["step"], resblock)) == dist.get_rank() and output.requires_grad:
+                output.register_hook(lambda gradient: gradient * math.inf)
+
+        return hook
+
+    for i, layer in enumerate(engine.module.layers):
+        layer.attention.project.register_forward_hook(plant(2 * i))
+        layer.mlp.up.register_forward_hook(plant(2 * i + 1))
+    return lambda step: now.update(step=step)
+
+
+# step -> resblocks in which something is not finite, on some rank.
+EVENTS = {1: {2}, 2: {2}, 3: {0, 3}, 5: {2}}
+EVENT_CONFIGS = {
+    **{f"stage{stage}": ds_config(stage, **SCALED, **FP16) for stage in range(4)},
+    "accumulated": ds_config(3, accumulation=2, **SCALED, **FP16),
+    "machines": ds_config(3, **MACHINES, **SCALED, **FP16),
+    "powersgd": ds_config(3, **PAPERS_16_BIT),
+}
+
+
+def run_events():
+    from dalle_ds.training.distributed import process_group
+
+    results = {}
+    with process_group():
+        for name, config in EVENT_CONFIGS.items():
+            config["resblock_gradient_scaling"] = {"patience": 2, "per_rank": True}
+            engine = make_engine(config)
+            places = {(step, block): (step + block) % N_RANKS for step, blocks in EVENTS.items() for block in blocks}
+            set_step = plant_infinities(engine, places)
+            history = []
+            for step in range(7):
+                before, scales = masters(engine), engine.extras.scaling.values.clone()
+                moments = moments_of(engine)
+                log = train(engine, [step], before=set_step)
+                same = all(a.equal(b) for a, b in zip(before, masters(engine), strict=True))
+                same_moments = all(a.equal(b) for a, b in zip(moments, moments_of(engine), strict=False))
+                history.append(
+                    {
+                        "applied": log[0][2],
+                        "same": same and same_moments,
+                        "ratio": (engine.extras.scaling.values / scales).tolist(),
+                        "finite": all(tensor.isfinite().all() for tensor in masters(engine)),
+                    }
+                )
+            events = engine.extras.scaling.n_events.tolist()
+            results[name] = history, engine.skipped_steps, events
+            engine.destroy()
+    return results
+
+
+def moments_of(engine):
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [
+        value.clone() if value.dtype != torch.uint16 else value.view(torch.int16).clone()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+@pytest.fixture(scope="module")
+def events():
+    return run_distributed(run_events, N_RANKS, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVENT_CONFIGS)
+def test_an_infinity_in_one_resblock_on_one_rank_skips_the_update_and_moves_its_scale_alone(events, name):
+    """The scale rules as a table: with patience 2 a second event in a row does not divide, one four steps on does."""
+    grown, divided, kept = 2 ** (1 / 1000), 2**-0.5, 1.0
+    expected = [[grown] * N_RESBLOCKS for _ in range(7)]
+    expected[1][2], expected[2][2], expected[5][2] = divided, kept, divided
+    expected[3][0] = expected[3][3] = divided
+    for rank in events:
+        history, skipped, n_events = rank[name]
+        for step, seen in enumerate(history):
+            assert seen["applied"] == (step not in EVENTS)
+            assert seen["same"] == (step in EVENTS), "a skipped update leaves parameters and moments as they were"
+            assert seen["finite"]
+            assert seen["ratio"] == pytest.approx(expected[step], rel=1e-5)
+        assert skipped == len(EVENTS)
+        assert n_events == [1, 0, 3, 1]
+
+
+def run_bytes():
+    from dalle_ds.training.distributed import process_group
+
+    results = {}
+    with process_group():
+        for machine_size, matrix_rank in itertools.product((1, 2), (2, 8)):
+            sections = {
+                "hierarchical_sharding": {"machine_size": machine_size},
+                "gradient_compression": {"type": "powersgd", "matrix_rank": matrix_rank},
+            }
+            engine = make_engine(ds_config(3, **sections))
+            train(engine, range(2))
+            results[machine_size, matrix_rank] = engine.extras.path.compressor.traffic
+            engine.destroy()
+    return results
+
+
+@pytest.mark.slow
+def test_bytes_between_machines_are_the_papers_closed_form():
+    """Table 2: P and Q have r (m + 2) / (2 d m) of the gradient's entries, in 1-6-9 two bytes each."""
+    for traffic_of in run_distributed(run_bytes, N_RANKS, timeout=200):
+        for (m, r), traffic in traffic_of.items():
+            d = TINY.dim
+            entries = TINY.n_layer * 12 * d * d / m * r * (m + 2) / (2 * d * m)
+            assert traffic.matrix_bytes == 2 * 2 * entries  # two updates
+            assert traffic.n_calls == 2 * (2 * N_RESBLOCKS + 1)
+
+
+def run_wire():
+    """Dtypes and entries of what the reduce-scatters inside machines carry; resblocks sent when backward passes end."""
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.engine import backward
+
+    scatter, carried, sent = dist.reduce_scatter_tensor, {}, []
+
+    def counted(output, input, **settings):
+        carried[str(input.dtype)] = carried.get(str(input.dtype), 0) + input.numel()
+        return scatter(output, input, **settings)
+
+    with process_group():
+        engine = make_engine(ds_config(3, accumulation=2, **PAPERS_16_BIT))
+        dist.reduce_scatter_tensor = counted
+        for micro_step in range(2):
+            backward(engine, engine(*batch_of(0, dist.get_rank() * 2 + micro_step, 2 * N_RANKS))["loss"])
+            sent.append(len(engine.extras.path.compressor._update.sent))
+            engine.step()
+        dist.reduce_scatter_tensor = scatter
+        n_matrix = sum(p.ds_numel for p in engine.module.parameters() if p.dtype == torch.float16)
+        n_rest = sum(2 * math.ceil(p.ds_numel / 2) for p in engine.module.parameters() if p.dtype == torch.float32)
+        engine.destroy()
+    return carried, sent, n_matrix, n_rest
+
+
+@pytest.mark.slow
+def test_gradients_travel_in_their_own_dtypes_and_leave_while_the_last_backward_pass_goes_on():
+    for carried, sent, n_matrix, n_rest in run_distributed(run_wire, N_RANKS, timeout=200):
+        assert carried == {"torch.float16": 2 * n_matrix, "torch.float32": 2 * n_rest}  # two micro-steps
+        assert sent == [0, N_RESBLOCKS]
+
+
+@pytest.mark.parametrize(
+    ("sections", "stage", "words"),
+    [
+        (MACHINES, 1, "set zero_optimization.stage to 3"),
+        (FULL_RANK, 2, "cannot serve ZeRO 2"),
+        (FULL_RANK, 3, "add hierarchical_sharding"),
+        ({**SCALED, "fp16": {"enabled": True}}, 3, "fp16.loss_scale 0 must be 1"),
+        ({"mixed_precision": {}, **FP16}, 1, "needs resblock_gradient_scaling"),
+        ({"mixed_precision": {"master_weights": False}, **FP16}, 3, "needs optimizer.type CompactAdamW"),
+        ({"mixed_precision": {"master_weight": False}}, 3, "unknown key 'master_weight'"),
+        ({"hierarchical_sharding": {}}, 3, "machine_size is missing"),
+        ({"hierarchical_sharding": {"machine_size": 2.5}}, 3, "machine_size 2.5 must be a whole number"),
+        ({"resblock_gradient_scaling": {"growth": 0.5}}, 3, "growth 0.5 must be at least 1"),
+        ({**MACHINES, "gradient_compression": {"type": "topk"}}, 3, "known are none, powersgd"),
+        ({**MACHINES, "gradient_compression": {"type": "powersgd", "rank": 4}}, 3, "unknown key 'rank'"),
+        ({**MACHINES, "gradient_compression": {"type": "powersgd"}}, 3, "matrix_rank"),
+        ({**SCALED, "communication_data_type": "fp32"}, 3, "communication_data_type has no place here"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_refused_with_a_remedy(sections, stage, words):
+    from dalle_ds.training.sections import take_sections
+
+    with pytest.raises(InputError, match=words):
+        take_sections(ds_config(stage, **sections), "c.json")
+
+
+def test_a_section_that_is_not_enabled_is_as_none():
+    from dalle_ds.training.sections import take_sections
+
+    off = {"resblock_gradient_scaling": {"enabled": False}, "gradient_compression": {"enabled": False}}
+    sections, rest = take_sections(ds_config(2, **off), "c.json")
+    assert not sections.is_any
+    assert not set(off) & set(rest)
