@@ -13,7 +13,7 @@ setup(
     package_data={"dalle_ds": ["py.typed", "reporting/*.html"], "dalle_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.6,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=2",
         "braceexpand",

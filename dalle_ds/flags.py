@@ -78,7 +78,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON; ds_configs/ holds ready ones")
     parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
     parser.add_argument(
-        "--resume", default="none", help="auto: go on from the newest checkpoint in --out (default: none)"
+        "--resume",
+        default="none",
+        help="auto: go on from the newest checkpoint in --out; s3://bucket/prefix: from the newest one that "
+        "--loop.upload left there, unless --out has a newer one (default: none)",
     )
     parser.add_argument("--preset", default="tiny", help="named sizes and schedules that the flags below change")
     # The deepspeed launcher adds this; the environment says the same.

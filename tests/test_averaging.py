@@ -284,11 +284,12 @@ def check_it_goes_on_elsewhere(path, ranks, stage, precision):
 
 def train_one(path, ranks, stage, precision):
     from dalle_ds.training.construction import build_engine
-    from dalle_ds.training.engine import backward, gather_weights
+    from dalle_ds.training.engine import backward
+    from dalle_ds.training.whole_weights import whole_weights
 
     engine = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size, stage, precision), 3)
     average = ParameterAverage(engine, DECAY)
-    expected = {name: tensor.double() for name, tensor in gather_weights(engine).items()}
+    expected = {name: tensor.double() for name, tensor in whole_weights(engine)}
     losses, applied = [], []
     for step in range(STEPS):
         while True:  # a skipped step comes again, at a lower loss scale
@@ -301,7 +302,7 @@ def train_one(path, ranks, stage, precision):
                 break
         average.update()
         losses.append(float(loss.detach()))
-        masters = gather_weights(engine)
+        masters = dict(whole_weights(engine))
         decay = min(DECAY, (1 + step) / (10 + step))
         expected = {name: decay * e + (1 - decay) * masters[name] for name, e in expected.items()}
     before = weights_in_use(engine)

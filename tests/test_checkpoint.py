@@ -9,6 +9,8 @@ import torch
 from helpers import run_distributed
 from torch import nn
 
+from dalle_ds.training.run import write_run
+
 N_IN, GLOBAL_BATCH, N = 6, 8, 3
 # Sums over ranks and shards in another order, in float32, and on weights that were rounded to 11 and to 8 bits.
 LOSS_TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
@@ -354,3 +356,69 @@ def test_each_ranks_generators_go_on_where_there_are_as_many(tmp_path):
     assert first[0] != second[0]
     [(expected, other)] = run_distributed(generators, 1, tmp_path, False)
     assert expected != other
+
+
+def killed_while_saving(folder, rank, module, function, after):
+    """Kills a rank before or after it calls `function` in its second save."""
+    import importlib
+    import os
+    import signal
+
+    from dalle_ds.training.checkpoint import save_checkpoint
+    from dalle_ds.training.distributed import process_group
+
+    with process_group() as ranks:
+        engine = build(ranks.world_size, 3, "fp32", "AdamW", 0)
+        train(engine, ranks, range(1))
+        save_checkpoint(engine, folder, 1, {}, 1, off(engine))
+        train(engine, ranks, range(1, 2))
+        place = importlib.import_module(f"dalle_ds.training.{module}")
+        real = getattr(place, function)
+
+        def fatal(*arguments, **keywords):
+            if after:
+                real(*arguments, **keywords)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if ranks.rank == rank:
+            setattr(place, function, fatal)
+        save_checkpoint(engine, folder, 2, {}, 1, off(engine))
+
+
+def resume_after_kill(folder):
+    from dalle_ds.training.checkpoint import load_checkpoint, save_checkpoint
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.run import open_run
+
+    steps = []
+    with process_group() as ranks:
+        for run in sorted(Path(folder).iterdir()):
+            engine = build(ranks.world_size, 3, "fp32", "AdamW", 1)
+            start, _ = load_checkpoint(engine, open_run(run, "auto"), off(engine))
+            losses = train(engine, ranks, range(start, 3))
+            save_checkpoint(engine, run, 3, {}, 1, off(engine))
+            left = sorted(path.name for path in (run / "checkpoints").iterdir())
+            steps.append((run.name, start, losses[-1], left))
+            engine.destroy()
+    return steps
+
+
+KILLS = {
+    "0-begun": (0, "folders", "begin", True, 1),
+    "1-shard": (1, "checkpoint", "write_pieces", False, 1),
+    "3-weights": (0, "checkpoint", "write_tensors", False, 1),
+    "4-read-again": (1, "checkpoint", "_read_again", True, 1),
+    "5-published": (0, "folders", "publish", True, 2),
+}
+
+
+@pytest.mark.slow
+def test_a_rank_killed_at_any_point_of_a_save_costs_no_checkpoint(tmp_path):
+    for name, (rank, module, function, after, _) in KILLS.items():
+        write_run(tmp_path / name, "prior", {}, {})
+        with pytest.raises(Exception, match=r"SIGKILL|signal 9|terminated"):
+            run_distributed(killed_while_saving, 2, tmp_path / name, rank, module, function, after)
+    results = run_distributed(resume_after_kill, 2, tmp_path)[0]
+    assert [(name, start) for name, start, *_ in results] == [(name, kill[-1]) for name, kill in KILLS.items()]
+    assert len({loss for _, _, loss, _ in results}) == 1, "bit for bit, wherever it was killed"
+    assert all(left == ["step-00000003"] for *_, left in results)

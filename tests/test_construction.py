@@ -113,14 +113,14 @@ def train(engine, steps, before=lambda step: None):
 
 
 def masters(engine):
-    from dalle_ds.training.engine import master_tensors
+    from dalle_ds.training.engine_state import holdings
 
-    return [tensor.detach().clone() for tensor in master_tensors(engine)]
+    return [holding.tensor.detach().clone() for holding in holdings(engine)]
 
 
 def run_cases(cases):
     from dalle_ds.training.distributed import process_group
-    from dalle_ds.training.engine import gather_weights
+    from dalle_ds.training.whole_weights import whole_weights
 
     results = {}
     with process_group():
@@ -130,7 +130,7 @@ def run_cases(cases):
             path = engine.extras.path
             results[name] = {
                 "log": log,
-                "weights": gather_weights(engine),
+                "weights": dict(whole_weights(engine)),
                 "dtypes": sorted({str(tensor.dtype) for tensor in masters(engine)}),
                 "traffic": None if path is None else path.compressor.traffic,
                 "masters": masters(engine),
@@ -173,6 +173,31 @@ def test_machines_hold_the_same_weights_bit_for_bit(results):
             for first, second in ((0, 2), (1, 3)):
                 pairs = zip(results[first][name]["masters"], results[second][name]["masters"], strict=True)
                 assert all(a.equal(b) for a, b in pairs)
+
+
+GLOBAL_SCALES = {"dynamic": {"initial_scale_power": 40, "hysteresis": 1}, "static": {"loss_scale": 64}}
+
+
+def run_global_scales():
+    from dalle_ds.training.distributed import process_group
+
+    scales = {}
+    with process_group():
+        for name, section in GLOBAL_SCALES.items():
+            engine = make_engine(ds_config(3, world_size=1, mixed_precision={}, fp16={"enabled": True, **section}))
+            # The first gradients of resblocks are zero, as the unembedding is.
+            applied = [was_applied for _, _, was_applied in train(engine, range(3))]
+            scales[name] = engine.optimizer.loss_scale, applied, engine.skipped_steps
+            engine.destroy()
+    return scales
+
+
+@pytest.mark.slow
+def test_a_global_loss_scale_is_what_the_json_says_and_moves():
+    """DeepSpeed takes it for float32, and its scale for 1, where its first parameter is a float32 embedding."""
+    [scales] = run_distributed(run_global_scales, 1)
+    assert scales["static"] == (64, [True] * 3, 0)
+    assert scales["dynamic"] == (2.0**38, [True, False, False], 2)
 
 
 @pytest.mark.slow

@@ -98,8 +98,8 @@ def test_the_step_runs_alone_whatever_launcher_doctor_runs_under(monkeypatch):
     ("version", "state"),
     [
         ("0.19.8", WORKS),
-        ("0.19.6", WORKS),
-        ("0.19.5", BROKEN),
+        ("0.19.9", WORKS),
+        ("0.19.7", BROKEN),
         ("0.20.0", BROKEN),
         ("0.20.0+cu12", BROKEN),
         (None, BROKEN),
@@ -109,7 +109,7 @@ def test_deepspeed_must_lie_in_the_supported_range(monkeypatch, version, state):
     monkeypatch.setattr(doctor, "installed_version", lambda _: version)
     check = doctor.check_deepspeed("DeepSpeed")
     assert check.state == state
-    assert (">=0.19.6,<0.20" in check.remedy) == (state == BROKEN)
+    assert (">=0.19.8,<0.20" in check.remedy) == (state == BROKEN)
 
 
 def test_version_numbers_end_at_what_is_no_number():

@@ -1,15 +1,17 @@
 """Folders of checkpoints: whenever a process is killed, what was complete stays; what is kept; what is damaged."""
 
+import errno
 import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dalle_ds.training import folders, portable
-from dalle_ds.training.folders import begin, complete_checkpoints, find_faults, publish, retain, step_of
+from dalle_ds.training.folders import begin, complete_checkpoints, find_faults, publish, replace_text, retain, step_of
 from dalle_ds.training.portable import Piece, PieceReader, measure, write_json, write_pieces
 
 
@@ -172,3 +174,19 @@ def test_every_changed_byte_and_every_cut_is_found(tmp_path):
 def test_a_checkpoint_reads_back(tmp_path):
     with PieceReader([write(tmp_path, 10) / "shards/0.safetensors"]) as reader:
         assert reader.read("w", "weight", 0, 3).tolist() == [10.0] * 3
+
+
+@pytest.mark.parametrize("broken", ["sync", "replace"])
+def test_a_text_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch, broken):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "config.json").write_text("old")
+    monkeypatch.setattr({"sync": folders, "replace": Path}[broken], broken, fail)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(tmp_path / "config.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "old"
+    monkeypatch.undo()
+    replace_text(tmp_path / "config.json", "new")
+    assert (tmp_path / "config.json").read_text() == "new"

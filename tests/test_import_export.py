@@ -11,6 +11,7 @@ from conftest import run_here
 
 from dalle_ds.cli import main
 from dalle_ds.models.weights import find_weights, fingerprint, load_dvae
+from dalle_ds.training import portable
 
 
 def fail(capsys, *arguments):
@@ -76,11 +77,11 @@ def test_nothing_is_left_at_out_when_an_import_fails(files, run, tmp_path, capsy
     assert "not empty" in fail(capsys, "import-dvae", *files, "--out", tmp_path / "full")
     assert "is a file" in fail(capsys, "import-dvae", *files, "--out", files[1])
 
-    def full(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device", file.name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(portable, "sync", full)
         assert "free some space" in fail(capsys, "import-dvae", *files, "--out", out)
     assert list(out.parent.iterdir()) == []
     run_here("import-dvae", *files, "--out", out)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,20 @@ def test_a_resumed_run_drops_the_lines_that_come_again_and_its_clock_goes_on(tmp
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
     log.write(3, "train", {})
     assert read_metrics(path)[-1]["time"] == pytest.approx(200, abs=30)
+
+
+def test_a_resumed_run_that_is_killed_at_once_has_its_earlier_lines(tmp_path, monkeypatch):
+    """Bug: the file was emptied before its lines were written again."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).write(1, "train", {"loss": 2.0})
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsLog(path, resume_step=1)
+    assert [line["loss"] for line in read_metrics(path)] == [2.0]
 
 
 def test_a_run_that_begins_leaves_nothing_of_an_earlier_one(tmp_path):

@@ -323,10 +323,10 @@ def skip_an_update(engine):
 
 
 def weights_of(engine):
-    from dalle_ds.training.engine import master_tensors
+    from dalle_ds.training.engine_state import holdings
 
     return [
-        *master_tensors(engine),
+        *(holding.tensor for holding in holdings(engine)),
         *(p.ds_tensor if hasattr(p, "ds_tensor") else p for p in engine.module.parameters()),
     ]
 

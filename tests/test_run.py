@@ -1,11 +1,13 @@
 """A run folder: what may begin, what may go on, and what is written."""
 
+import errno
 import json
 
 import pytest
 
 from dalle_ds import __version__
 from dalle_ds.config import InputError
+from dalle_ds.training import folders
 from dalle_ds.training.folders import begin, publish
 from dalle_ds.training.portable import write_json
 from dalle_ds.training.run import check_same_model, open_run, write_run
@@ -108,3 +110,17 @@ def test_another_model_does_not_go_on(run, kind, config, facts, said):
         check_same_model(run, kind, config, facts)
     assert str(run) in str(error.value)
     assert "another --out" in str(error.value)
+
+
+def test_a_run_that_goes_on_with_a_full_disk_keeps_its_description(run, monkeypatch):
+    """Bug: config.json was emptied before it was written, and a run without one can be neither resumed nor used."""
+    before = (run / "config.json").read_text()
+
+    def fill(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "sync", fill)
+    with pytest.raises(OSError, match="No space"):
+        write_run(run, "prior", {**CONFIG, "averaging": 0.5}, {}, **FACTS)
+    assert (run / "config.json").read_text() == before
+    check_same_model(run, "prior", CONFIG, FACTS)

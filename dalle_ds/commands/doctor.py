@@ -34,7 +34,7 @@ GIB = 2**30
 MIN_MEMORY_GIB = 8  # what the demo is held to
 MIN_DISK_GIB = 8  # torch with its libraries, made data, checkpoints of the demo
 MIN_TORCH = (2, 11)
-DEEPSPEED_FROM, DEEPSPEED_BELOW = (0, 19, 6), (0, 20)
+DEEPSPEED_FROM, DEEPSPEED_BELOW = (0, 19, 8), (0, 20)
 STEP_TIMEOUT_S = 180  # a first import of torch and deepspeed from a slow disk takes most of it
 S3_TIMEOUT_S = 10
 # Where botocore looks for credentials without asking the network.

@@ -60,9 +60,8 @@ def write_imported(out: Path, model: "DVAE", imported: dict[str, Any]) -> None:
     """Writes the run folder beside `out` and moves it there when it is complete."""
     from dataclasses import asdict
 
-    from safetensors.torch import save
-
     from dalle_ds import __version__
+    from dalle_ds.training.portable import Entry, write_tensors
 
     staging = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     description = {
@@ -75,8 +74,10 @@ def write_imported(out: Path, model: "DVAE", imported: dict[str, Any]) -> None:
     checkpoint = staging / "checkpoints" / "step-00000000"
     try:
         checkpoint.mkdir(parents=True)
-        # Bytes first, and then a plain write: a full disk is an OSError so, which the command line explains.
-        (checkpoint / "model.safetensors").write_bytes(save(model.state_dict()))
+        # As a checkpoint's file, so that the same weights have the same fingerprint.
+        weights = model.state_dict()
+        entries = [Entry(name, weight.dtype, tuple(weight.shape)) for name, weight in weights.items()]
+        write_tensors(checkpoint / "model.safetensors", entries, weights.values())
         (checkpoint / "complete.json").write_text(json.dumps({"step": 0, "imported": True}) + "\n")
         (staging / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         staging.replace(out.absolute())

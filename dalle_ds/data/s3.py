@@ -5,9 +5,11 @@ Endpoint, region and credentials come from the standard AWS chain (AWS_ENDPOINT_
 
 import fnmatch
 import functools
+import hashlib
 import os
 import re
 import threading
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +19,7 @@ from dalle_ds.data.store import Body, Stat, Transient, Unreadable, changed, chec
 SUFFIX = ".tar"
 LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
 MAX_CONNECTIONS = 64
+WRITE_BYTES = 2**26  # of a part of a file that is written
 # What S3 and its kin say when they want patience; any status of 500 and above counts too.
 PATIENCE = {
     "SlowDown",
@@ -117,8 +120,24 @@ class S3Store:
     def write_small(self, url: str, content: bytes) -> None:
         self._call("put_object", url, Body=content)
 
+    def write_file(self, url: str, path: Path) -> None:
+        """Puts a file of any size in place, and checks what has arrived: its length, and the MD5 of each part."""
+        from boto3.s3.transfer import TransferConfig
+
+        parts = TransferConfig(multipart_threshold=WRITE_BYTES, multipart_chunksize=WRITE_BYTES)
+        self._call("upload_file", url, Filename=str(path), Config=parts)
+        found, n_bytes = self._call("head_object", url), path.stat().st_size
+        is_plain = found.get("ServerSideEncryption") in (None, "AES256")  # otherwise the ETag is no MD5
+        if found["ContentLength"] != n_bytes or (is_plain and found["ETag"].strip('"') != _etag(path, n_bytes)):
+            raise Transient(f"{url}: what has arrived is not what {path} holds")
+
+    def read_file(self, url: str, path: Path) -> None:
+        """Copies a file of any size to the disk; what it holds, the caller must check."""
+        self._call("download_file", url, Filename=str(path))
+
     def _call(self, operation: str, url: str, **arguments: Any) -> Any:
         """One request, with its failure told as Transient, Unreadable or InputError."""
+        from boto3.exceptions import S3UploadFailedError
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
 
@@ -131,6 +150,10 @@ class S3Store:
             return getattr(client, operation)(Bucket=bucket, **arguments)
         except exceptions.ClientError as error:
             raise _explained(url, error.response) from error
+        except S3UploadFailedError as error:
+            if isinstance(error.__context__, exceptions.ClientError):
+                raise _explained(url, error.__context__.response) from error
+            raise Transient(f"{url}: {error}") from error
         except (exceptions.HTTPClientError, ResponseParserError) as error:
             raise Transient(f"{type(error).__name__}: {error}") from error
         except (exceptions.BotoCoreError, ValueError) as error:
@@ -145,6 +168,16 @@ def split(url: str) -> tuple[str, str]:
     if not bucket:
         raise InputError(f"{url}: no bucket: give s3://bucket/prefix-{{000..009}}.tar or s3://bucket/folder")
     return bucket, key
+
+
+def _etag(path: Path, n_bytes: int) -> str:
+    """What S3 says of a file that came as `write_file` sends it: its MD5, or that of the MD5s of its parts."""
+    with path.open("rb") as file:
+        digests = [hashlib.md5(part, usedforsecurity=False) for part in iter(lambda: file.read(WRITE_BYTES), b"")]
+    if n_bytes < WRITE_BYTES:
+        return digests[0].hexdigest() if digests else hashlib.md5(b"", usedforsecurity=False).hexdigest()
+    whole = hashlib.md5(b"".join(digest.digest() for digest in digests), usedforsecurity=False)
+    return f"{whole.hexdigest()}-{len(digests)}"
 
 
 def _explained(url: str, response: Any) -> OSError:

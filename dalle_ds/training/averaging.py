@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_ds.training.engine import Engine, fill_model
-from dalle_ds.training.engine_state import holdings, split, whole_weights
+from dalle_ds.training.engine import Engine
+from dalle_ds.training.engine_state import holdings, split
 from dalle_ds.training.portable import Entry, Piece, write_tensors
+from dalle_ds.training.whole_weights import fill_model, whole_weights
 
 # The n-th update uses min(decay, (1 + n) / (WARMUP + n)).
 WARMUP = 10

@@ -23,7 +23,7 @@ from torch import Tensor
 from dalle_ds.config import FULL_DISK, InputError
 from dalle_ds.training import engine_state, folders
 from dalle_ds.training.averaging import ParameterAverage
-from dalle_ds.training.engine import Engine, fill_model
+from dalle_ds.training.engine import Engine
 from dalle_ds.training.folders import complete_checkpoints, read_marker
 from dalle_ds.training.portable import (
     Entry,
@@ -35,6 +35,7 @@ from dalle_ds.training.portable import (
     write_pieces,
     write_tensors,
 )
+from dalle_ds.training.whole_weights import fill_model, whole_weights
 
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
@@ -139,7 +140,7 @@ def _merge(of_ranks: list[dict[str, Record]]) -> dict[str, Record]:
 
 def _write_weights(engine: Engine, path: Path) -> dict[str, Record]:
     """The whole weights by name, a parameter at a time, on rank 0; the others take part in gathering them."""
-    weights = engine_state.whole_weights(engine)
+    weights = whole_weights(engine)
     try:
         if dist.get_rank() == 0:
             shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}

@@ -237,7 +237,9 @@ def _initialize(
         UpdateHook(seam.plan, clipping).attach(engine)
     if hasattr(engine.optimizer, "fp16_groups") and stage == 0:
         # In 16-bit training without ZeRO, DeepSpeed 0.19.8 begins with a step of no gradients, which Adam would count.
+        # It has decayed the float32 weights too, and not the model's copy of them.
         engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
     return engine
 
 

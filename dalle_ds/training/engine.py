@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors
 
 from dalle_ds.training.gradient_path import GradientPath, Unscaling
 from dalle_ds.training.gradient_scales import GradientScales, NoScaling
@@ -89,86 +88,3 @@ def whole_model(engine: Engine) -> Iterator[nn.Module]:
     with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         yield engine.module
     engine.train()
-
-
-def gather_weights(engine: Engine) -> dict[str, Tensor]:
-    """The whole weights in float32 on the CPU of rank 0, one parameter at a time; empty on other ranks.
-
-    Every rank must call. In 16-bit training these are the optimizer's float32 weights, not the model's copy of them.
-    """
-    weights = {}
-    for name, _, master in _whole_masters(engine):
-        if torch.distributed.get_rank() == 0:
-            weights[name] = master.detach().to("cpu", torch.float32, copy=True)
-    return weights
-
-
-def master_tensors(engine: Engine) -> list[Tensor]:
-    """What the optimizer updates on this rank: whole parameters, float32 copies of them, or under ZeRO flat shards."""
-    if engine.zero_optimization_stage() == SHARDED_WEIGHTS:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
-
-
-@torch.no_grad()
-def set_masters(engine: Engine, weight: Callable[[str], Tensor]) -> None:
-    """Fills the master tensors of this rank from whole weights by name; the model's copy stays as it is."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    whole = _unsharded_masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        if whole:
-            whole[parameter].copy_(weight(name))
-        elif hasattr(parameter, "ds_id"):
-            # DeepSpeed's own way with whole weights fails where the ranks do not divide them evenly.
-            n, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank(parameter.ds_process_group)
-            flat = weight(name).flatten()
-            shard = torch.zeros(n)
-            shard[: max(0, len(flat) - n * rank)] = flat[n * rank : n * (rank + 1)]
-            safe_set_local_fp32_param(parameter, shard)
-        else:
-            safe_set_full_fp32_param(parameter, weight(name))
-
-
-@torch.no_grad()
-def fill_model(engine: Engine) -> None:
-    """Makes the weights that the model computes with those of the master tensors; every rank must call."""
-    if engine.zero_optimization_stage() == SHARDED_WEIGHTS:
-        optimizer = engine.optimizer
-        flats = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
-        # What was gathered is of the old weights, and small parameters always are.
-        engine.empty_partition_cache()
-        for flat, master in flats:
-            flat.data.copy_(master.data)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        return
-    for _, parameter, master in _whole_masters(engine):
-        if master is not parameter:
-            parameter.data.copy_(master)
-
-
-def _whole_masters(engine: Engine) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """(name, parameter, its whole master weight), one after the other; every rank must go through all of them."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole = _unsharded_masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        yield name, parameter, whole[parameter] if whole else safe_get_full_fp32_param(parameter)
-
-
-def _unsharded_masters(engine: Engine) -> dict[nn.Parameter, Tensor]:
-    """The master of each parameter where ZeRO is off; empty where it is on, for DeepSpeed then has a way of its own."""
-    if engine.zero_optimization_stage() > 0:
-        return {}
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp16_groups"):
-        return {parameter: parameter for parameter in engine.module.parameters()}
-    if hasattr(optimizer, "fp32_groups"):
-        masters = optimizer.fp32_groups
-    else:  # DeepSpeed's fused Adam keeps one flat tensor a group
-        flat_groups = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
-        masters = [_unflatten_dense_tensors(flat.detach(), group) for flat, group in flat_groups]  # type: ignore[no-untyped-call]
-    groups = zip(optimizer.fp16_groups, masters, strict=True)
-    return {parameter: master for group in groups for parameter, master in zip(*group, strict=True)}

@@ -5,7 +5,7 @@ ZeRO. `holdings` says which elements of which parameters lie where in them; all 
 optimizer's groups are not state: they come from the configuration.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,27 +169,6 @@ def take_pieces(engine: Engine) -> Iterator[Piece]:
             flat = _flatten(tensor)
             for run in holding.runs:
                 yield Piece(run.name, kind, run.begin, flat[run.offset : run.offset + run.length])
-
-
-@torch.no_grad()
-def whole_weights(engine: Engine, pieces: Iterable[Piece] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole float32 weight), of what the optimizer updates; every rank must go through all of them.
-
-    Of other `pieces`, split as the weights are, where some are given.
-    """
-    here: dict[str, list[Piece]] = {}
-    for piece in (p for p in take_pieces(engine) if p.kind == WEIGHT) if pieces is None else pieces:
-        here.setdefault(piece.name, []).append(piece)
-    stage = engine.zero_optimization_stage()
-    for name, parameter in engine.module.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        whole = torch.zeros(shape.numel(), device=engine.device)
-        for piece in here.get(name, ()):
-            whole[piece.begin : piece.begin + len(piece.tensor)] = piece.tensor
-        if stage > 0:
-            group = parameter.ds_process_group if stage == SHARDED_WEIGHTS else parameter._dp_group
-            dist.all_reduce(whole, group=group)
-        yield name, whole.view(shape)
 
 
 def take_scalars(engine: Engine) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.training.portable import Record, measure, sync_folder, write_json
+from dalle_ds.training.portable import Record, measure, sync, sync_folder, write_json
 
 MARKER = "complete.json"
 PARTIAL, REPLACED, CORRUPT = ".partial", "replaced-", "corrupt-"
@@ -137,3 +137,15 @@ def _find_fault(path: Path, record: Record) -> str:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return "" if found == record else "has another checksum than when it was written"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file of the run folder: killed in between, or on a full disk, what it held before is still there."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            sync(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

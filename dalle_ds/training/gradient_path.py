@@ -117,9 +117,12 @@ class GradientPath:
             dist.all_reduce(squared_norm, group=self.inside)
         return torch.where(self.unscaling.agree(), torch.inf, squared_norm).sqrt().float()
 
-    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Averaged, unscaled gradients in at least float32, of the shapes of the shares; matrices by resblock."""
-        return self.compressor.take(names)
+    def take(self, names: Iterable[str], out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Averaged, unscaled gradients in at least float32, of the shapes of the shares; matrices by resblock.
+
+        With `out`, they are written into its tensors, of these shapes.
+        """
+        return self.compressor.take(names, out)
 
     def state_dict(self) -> dict[str, Any]:
         """What compression carries from update to update, but for `pieces`: the same on all ranks."""

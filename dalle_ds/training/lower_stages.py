@@ -41,8 +41,7 @@ class WholePlan:
         in_block = {name for names in self.path.compressor.blocks.values() for name in names}
         whole = [name for name in parameters if name not in in_block]
         for names in (*self.path.compressor.blocks.values(), whole):
-            for name, gradient in self.path.take(names).items():
-                parameters[name].grad.copy_(gradient)  # type: ignore[union-attr]
+            self.path.take(names, {name: parameters[name].grad for name in names})  # type: ignore[misc]
         return norm
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dalle_ds import __version__
 from dalle_ds.config import InputError
 from dalle_ds.training.checkpoint import check_format, own_share
-from dalle_ds.training.folders import complete_checkpoints, find_faults, read_marker
+from dalle_ds.training.folders import complete_checkpoints, find_faults, read_marker, replace_text
 
 # What must not change when a run goes on: another model cannot take the weights, other tokens mean other things, and
 # which sample and which noise belong to a step follows from the seed.
@@ -118,5 +118,5 @@ def write_run(out: Path, kind: str, config: dict[str, Any], deepspeed_config: di
     out.mkdir(parents=True, exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
     description = {"kind": kind, "version": __version__, "config": config, **facts}
-    (out / "ds_config.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n")
-    (out / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    replace_text(out / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
+    replace_text(out / "config.json", json.dumps(description, indent=2) + "\n")

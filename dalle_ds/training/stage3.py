@@ -35,6 +35,7 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
     """DeepSpeed's optimizer of stage 3; parameter groups must each have one dtype."""
 
     plan: Stage3Plan
+    dtype: torch.dtype
     master_weights_and_grads_dtype: torch.dtype
 
     # --- storage: one flat tensor for each parameter group, in its dtype ----------------------------------------------
@@ -74,6 +75,8 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
     def _setup_for_real_optimizer(self) -> None:
         dtypes = {parameter.dtype for group in self.fp16_groups for parameter in group}
         self.ipg_buckets = {dtype: zero3.IPGBucketZ3() for dtype in dtypes}
+        # DeepSpeed took the dtype of its first parameter, an embedding, and by it would leave the loss unscaled.
+        self.dtype = torch.float16 if torch.float16 in dtypes else self.dtype
         super()._setup_for_real_optimizer()
         # Gradients add up in the path's buffers.
         nothing = self.grad_partitions_flat_buffer = torch.empty(0, device=self.device)
@@ -121,8 +124,12 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
         group, master = self.fp16_groups[sub_group_id], self.fp32_partitioned_groups_flat[sub_group_id]
-        gradients = self.plan.path.take([self.plan.names[parameter] for parameter in group])
-        master.grad = torch.cat([gradients[self.plan.names[parameter]].view(-1) for parameter in group])
+        names = [self.plan.names[parameter] for parameter in group]
+        shapes = [self.plan.path.shares[name].shape for name in names]
+        gradient = torch.empty_like(master, dtype=torch.promote_types(master.dtype, torch.float32))
+        parts = torch.split(gradient, [parameter.ds_tensor.numel() for parameter in group])
+        self.plan.path.take(names, {name: part.view(s) for name, part, s in zip(names, parts, shapes, strict=True)})
+        master.grad = gradient
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:

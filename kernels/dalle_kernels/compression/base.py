@@ -58,8 +58,11 @@ class Compressor(Protocol):
     def finish(self, group: Group) -> Reduction:
         """Sends what `send` has not, and waits for all averages."""
 
-    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The averages, a resblock's matrices together; the buffers are then as the next update needs them."""
+    def take(self, names: Iterable[str], out: Gradients | None = None) -> dict[str, Tensor]:
+        """The averages, a resblock's matrices together; the buffers are then as the next update needs them.
+
+        With `out`, they are written into its tensors of these names, which may have other dtypes.
+        """
 
     def reduce_(self, gradients: Gradients, group: Group) -> Reduction:
         """All of it in one call: replaces gradients by their average over the group."""
@@ -114,6 +117,5 @@ def reduce_in_one_call(compressor: Compressor, gradients: Gradients, group: Grou
     reduction = compressor.finish(group)
     in_block = {name for names in compressor.blocks.values() for name in names}
     for names in (*compressor.blocks.values(), [name for name in gradients if name not in in_block]):
-        for name, average in compressor.take(names).items():
-            gradients[name].copy_(average)
+        compressor.take(names, gradients)
     return reduction

@@ -5,7 +5,7 @@ that are taller than wide everything is done to their transposes.
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,7 @@ class Batch:
 
     p: Tensor  # [n, short, shard_rank], orthonormal columns
     q: Tensor  # [n, long, shard_rank]
+    matrices: Tensor  # M [n, short, long], from P to Q: no more than two resblocks at a time have them
 
     def __init__(self, names: tuple[str, ...], zeros: Tensor, options: PowerSGDOptions) -> None:
         """`zeros` has the shape, dtype and device of the error buffer, and becomes that where it is kept in full."""
@@ -116,7 +117,7 @@ class Batch:
         """Step 3. A row of M that is not finite makes a row of P that is not, so P tells of both."""
         if self.options.start == "resampled":
             self.start = self._draw(n_updates)
-        p = self._matrices() @ self.start
+        p = self._take_matrices() @ self.start
         self.errors_finite = p.isfinite().flatten(1).all(1)
         return p
 
@@ -127,7 +128,9 @@ class Batch:
 
     def make_q(self) -> Tensor:
         """Step 6."""
-        return self._matrices().mT @ self.p
+        q = self.matrices.mT @ self.p
+        del self.matrices
+        return q
 
     def take_q(self, q: Tensor) -> None:
         """Step 7."""
@@ -142,14 +145,16 @@ class Batch:
         """Step 9: that of P Q^T, because P has orthonormal columns."""
         return self.q.square().sum()
 
-    def decompress(self) -> list[Tensor]:
-        """Steps 11 and 12: P Q^T of each matrix [rows, columns], taken out of its error buffer."""
+    def decompress(self, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Steps 11 and 12: P Q^T of each matrix [rows, columns], in `out`, taken out of its error buffer."""
         values = self.errors.load()
         left, right = (self.q, self.p) if self.is_transposed else (self.p, self.q)
         averages = []
         for i, value in enumerate(values):
-            averages.append(left[i] @ right[i].T)
-            _subtract_(value, averages[-1], self.factors_finite[i], self.errors_finite[i])
+            place = None if out is None or out[i].dtype != value.dtype else out[i]
+            product = torch.mm(left[i], right[i].T, out=place)
+            _subtract_(value, product, self.factors_finite[i], self.errors_finite[i])
+            averages.append(product if out is None or place is not None else out[i].copy_(product))
         self.errors.store(values if self.options.error_feedback else values.zero_())
         if self.options.start == "warm":
             self.start = torch.where(self.factors_finite[:, None, None], self.q, self.start)
@@ -157,10 +162,10 @@ class Batch:
         del self.p, self.q
         return averages
 
-    def _matrices(self) -> Tensor:
-        """M [n, short, long]."""
+    def _take_matrices(self) -> Tensor:
         values = self.errors.load()
-        return values.mT if self.is_transposed else values
+        self.matrices = values.mT if self.is_transposed else values
+        return self.matrices
 
 
 def _where(condition: Tensor, tensor: Tensor) -> Tensor:

@@ -113,15 +113,17 @@ class PowerSGD:
         return Reduction(torch.where(total.isfinite() & ~nonfinite.any(), total, torch.inf), nonfinite, names)
 
     @torch.no_grad()
-    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def take(self, names: Iterable[str], out: Gradients | None = None) -> dict[str, Tensor]:
         names = list(names)
         averages: dict[str, Tensor] = {}
         for batch in dict.fromkeys(self._places[name][0] for name in names if name in self._places):
-            averages |= dict(zip(batch.names, batch.decompress(), strict=True))
+            places = None if out is None else [out[name] for name in batch.names]
+            averages |= dict(zip(batch.names, batch.decompress(places), strict=True))
         for name in names:
             if name in self._whole:
-                averages[name] = self._whole[name].clone()
-                self._whole[name].zero_()
+                whole = self._whole[name]
+                averages[name] = whole.clone() if out is None else out[name].copy_(whole)
+                whole.zero_()
         assert averages.keys() == set(names), "the matrices of a resblock are taken together"
         return averages
 
@@ -141,7 +143,8 @@ class PowerSGD:
             mean = batch.errors.load().clone()
             dist.all_reduce(mean, group=group)
             batch.errors.store(mean.div_(n))
-            errors |= dict(zip(batch.names, mean.cpu().clone(), strict=True))
+            # As it is kept, so that a second state is the first.
+            errors |= dict(zip(batch.names, batch.errors.load().cpu().clone(), strict=True))
             if self.options.start == "warm":
                 starts |= dict(zip(batch.names, batch.start.cpu().clone(), strict=True))
         return {"n_updates": self.n_updates, "errors": errors, "starts": starts}

@@ -92,12 +92,15 @@ class NoCompression:
         return Reduction(torch.where(total.isfinite(), total, torch.inf), nonfinite[1:], matrices)
 
     @torch.no_grad()
-    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def take(self, names: Iterable[str], out: Gradients | None = None) -> dict[str, Tensor]:
         averages = {}
         for name in names:
             buffer = self._buffers[name]
             values = buffer.load()
-            averages[name] = values.clone() if isinstance(buffer, FullErrors) else values
+            if out is not None:
+                averages[name] = out[name].copy_(values)
+            else:
+                averages[name] = values.clone() if isinstance(buffer, FullErrors) else values
             zero(buffer)
         return averages
 
