@@ -43,6 +43,7 @@ def test_scenes_of_both_splits_share_words_and_codebook_and_no_scene():
 def test_a_verdict_needs_all_seeds_and_else_counts_them():
     assert verdict(EQUAL, [0.995, 1.009]) == "**seen**"
     assert verdict(EQUAL, [0.995, 1.02]) == "in 1 of 2 seeds"
+    assert verdict(EQUAL, [0.995, 0.95]) == "never worse; the same in 1 of 2 seeds"
     assert verdict(HURTS, [1.001, 1.2]) == "**seen**"
     assert verdict(HURTS, [0.999, 1.2]) == "in 1 of 2 seeds"
     assert verdict(HURTS, [0.99, 0.98]) == "**the opposite**"

@@ -238,18 +238,19 @@ def resume(rank, n, group):
 
 
 def resume_on_as_many(rank, n, group):
-    """Two updates after a state was saved: of the run that went on, and of one that resumed."""
+    """Two updates after a state was saved, of the run that went on and of one that resumed; and two states in a row."""
     results = []
     before, after = powersgd(2), powersgd(2)
     for seed in range(3):
         before.reduce_(draw(seed, rank, dtype=torch.float32), group)
+    states = [before.state_dict(group)["errors"] for _ in range(2)]
     after.load_state_dict(before.state_dict(group))
     for compressor in (before, after):
         for seed in (3, 4):
             gradients = draw(seed, rank, dtype=torch.float32)
             compressor.reduce_(gradients, group)
         results.append(gradients)
-    return results
+    return *results, *states
 
 
 def counted_bytes(rank, n, group):
@@ -321,7 +322,7 @@ def in_parts(rank, n, group):
 
 
 def half_gradients(rank, n, group):
-    """Gradients in float16: averages and errors are float32."""
+    """Gradients in float16: averages and errors are float32; and averages that were written over the gradients."""
     compressor = powersgd(2, **FULL)
     gradients = draw(0, rank, dtype=torch.float16)
     compressor.declare(gradients)
@@ -330,7 +331,12 @@ def half_gradients(rank, n, group):
     averages = {}
     for names in compressor.blocks.values():
         averages |= compressor.take(names)
-    return averages, summed_errors(compressor, group)
+    errors = summed_errors(compressor, group)
+    written = {}
+    for name, other in {"powersgd": powersgd(2, **FULL), "none": NoCompression(buffers="1-6-9")}.items():
+        written[name] = draw(0, rank, dtype=torch.float16)
+        other.reduce_(written[name], group)
+    return averages, errors, written
 
 
 SCENARIOS = {
@@ -504,8 +510,9 @@ def test_the_sum_of_errors_resumes_on_another_number_of_machines(ranks, n):
 
 
 def test_a_run_that_resumes_is_the_run_that_went_on_bit_for_bit(ranks):
-    for went_on, resumed in ranks(resume_on_as_many):
+    for went_on, resumed, *states in ranks(resume_on_as_many):
         assert all(went_on[name].equal(resumed[name]) for name in SHAPES)
+        assert all(states[0][name].equal(states[1][name]) for name in MATRICES), "to save is no part of training"
 
 
 WIRE_BYTES = {"full": 4, "float16": 2, "bfloat16": 2, "1-6-9": 2}
@@ -558,11 +565,14 @@ def test_in_parts_and_over_micro_steps_an_update_is_the_same(ranks):
 
 
 def test_half_precision_gradients_are_averaged_in_32_bits(ranks, n):
-    for averages, errors in ranks(half_gradients):
+    for averages, errors, written in ranks(half_gradients):
         for name in MATRICES:
             assert averages[name].dtype == errors[name].dtype == torch.float32
             expected = sum(draw(0, rank, dtype=torch.float16)[name].float() for rank in range(n)) / n
             torch.testing.assert_close(averages[name] + errors[name] / n, expected, rtol=0, atol=1e-6)
+            assert written["powersgd"][name].equal(averages[name].half())
+            assert written["none"][name].dtype == torch.float16
+            torch.testing.assert_close(written["none"][name].float(), expected, rtol=0, atol=4 * CODED_ROUNDING)
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
@@ -642,6 +652,22 @@ def test_a_state_of_something_else_is_refused():
         compressor.declare({"layers.1.mlp.up": torch.ones(24, 6)})
     with pytest.raises(ValueError, match=r"layers.0.mlp.up of shape \(24, 6\) has an error buffer of \(5, 6\)"):
         compressor.declare({"layers.0.mlp.up": torch.ones(24, 6)})
+
+
+@pytest.mark.parametrize("size", [2.0**-50, 1e-8, 1.0, 100.0, 8000.0])
+def test_buffers_of_sixteen_bits_hold_large_gradients_and_small_ones(size, monkeypatch):
+    """In the format's own range an entry of 16 would be infinite, and no scale could help: the update never came."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    compressor = NoCompression(buffers="1-6-9")
+    gradients = {"layers.0.mlp.up": size * torch.randn(24, 6).clamp(-1.5, 1.5), "tokens": torch.ones(3)}
+    compressor.declare(gradients)
+    for half in range(2):
+        compressor.add({name: (0.25 + 0.5 * half) * gradient for name, gradient in gradients.items()})
+    assert compressor.finish(None).squared_norm.isfinite()
+    averages = compressor.take(gradients)
+    # Two roundings to 9 bits, or to what is the smallest number there.
+    torch.testing.assert_close(averages["layers.0.mlp.up"], gradients["layers.0.mlp.up"], rtol=2**-8, atol=2**-56)
+    assert not compressor.take(gradients)["layers.0.mlp.up"].any()
 
 
 def test_a_gradient_that_stays_away_is_noticed():

@@ -18,8 +18,10 @@ def compact(**params):
 
 # Way -> (sections, bytes of weights, float32 copies, moments, gradients).
 WAYS = {
-    "float32 AdamW": ({}, (4, 0, 8, 4)),
-    "float32, 16-bit moments": (compact(), (4, 0, 4, 4)),
+    # DeepSpeed 0.19.8 alone compares a device with its name, finds them different, and copies float32 weights too.
+    "DeepSpeed's float32 AdamW": ({}, (4, 4, 8, 4)),
+    "float32 AdamW": ({"mixed_precision": {}}, (4, 0, 8, 4)),
+    "float32, 16-bit moments": ({"mixed_precision": {}, **compact()}, (4, 0, 4, 4)),
     "fp16 AdamW": (FP16, (2, 4, 8, 2)),
     "fp16 AdamW, gradients in float32": (FP16 | IN_FULL, (2, 4, 8, 4)),
     "fp16, 16-bit moments": (FP16 | compact(), (2, 4, 4, 2)),

@@ -42,19 +42,23 @@ class FullErrors:
 
 
 class CodedErrors:
-    """Two bytes an entry. An error that outgrows the format becomes infinite, and so is found and zeroed."""
+    """Two bytes an entry. An error that outgrows the format becomes infinite, and so is found and zeroed.
 
-    def __init__(self, values: Tensor) -> None:
-        self.dtype = values.dtype
-        self.codes = encode(values.float(), CODED)
+    Entries are kept times `unit`, a power of two, which shifts the format's range.
+    """
+
+    def __init__(self, values: Tensor, unit: float = 1.0) -> None:
+        self.dtype, self.unit = values.dtype, unit
+        self.codes = encode(values.float() * unit, CODED)
 
     def load(self, index: int | None = None) -> Tensor:
         codes = self.codes if index is None else self.codes[index]
-        return decode(codes, CODED).to(self.dtype)
+        return decode(codes, CODED, scale=1 / self.unit).to(self.dtype)
 
     def store(self, values: Tensor, index: int | None = None) -> None:
         codes = self.codes if index is None else self.codes[index]
-        encode(values.float(), CODED, out=codes)
+        values = values.float()
+        encode(values if self.unit == 1 else values * self.unit, CODED, out=codes)
 
     @property
     def nbytes(self) -> int:

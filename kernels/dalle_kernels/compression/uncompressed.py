@@ -1,6 +1,7 @@
 """The compressor that compresses nothing: matrices averaged by resblock, all else in one 32-bit average."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,25 @@ from dalle_kernels.compression.base import (
     resblock_of,
     split,
 )
-from dalle_kernels.compression.errors import ERROR_BUFFERS, ErrorBuffer, FullErrors, zero
+from dalle_kernels.compression.errors import CodedErrors, ErrorBuffer, FullErrors, zero
 from dalle_kernels.compression.wire import WIRES, Group, Traffic, start_average
+
+# Unscaled gradients are kept times this: up to 16,000, where the format's own limit is 16, and down to 2**-57.
+UNIT = 2.0**-10
+BUFFERS: dict[str, Callable[[Tensor], ErrorBuffer]] = {"full": FullErrors, "1-6-9": partial(CodedErrors, unit=UNIT)}
 
 
 class NoCompression:
     """`wire` and `buffers` are the formats in which matrices travel and add up; all else does so in full.
 
-    Buffers in 1-6-9 take 2 bytes an entry, and hold unscaled gradients as small as 2**-67.
+    Buffers in 1-6-9 take 2 bytes an entry.
     """
 
     def __init__(
         self, *, wire: str = "full", scale: float = 1.0, buffers: str = "full", block_of: BlockOf = resblock_of
     ) -> None:
         check_choice("wire", wire, WIRES)
-        check_choice("buffers", buffers, ERROR_BUFFERS)
+        check_choice("buffers", buffers, BUFFERS)
         self.wire, self.scale, self.block_of = wire, scale, block_of
         self.kind = buffers
         self.traffic = Traffic()
@@ -49,7 +54,7 @@ class NoCompression:
         self.blocks |= blocks
         for name, tensor in like.items():
             zeros = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            self._buffers[name] = ERROR_BUFFERS["full" if name in whole else self.kind](zeros)
+            self._buffers[name] = BUFFERS["full" if name in whole else self.kind](zeros)
 
     @torch.no_grad()
     def add(self, gradients: Gradients) -> None:

@@ -1,0 +1,442 @@
+"""The claim: where gradients of resblocks lie far apart, fp16 with one loss scale fails and a scale for each trains.
+
+    python benchmarks/gradient_scaling.py [--steps 220] [--seed 0] [--processes 2] [--quick]
+
+A deep narrow prior (24 resblocks) learns to write its caption into its picture, which takes attention, through the
+real engine at ZeRO-3 with 16-bit matrices. In the steep setting gradients of one resblock are large, as two things make
+them: outputs of resblocks have constant gains, 2^8 in one and 2^-12 in the others, their last matrices being as many
+times smaller or larger; and one hidden channel of that resblock holds a constant of 2^12, a massive activation (Sun et
+al. 2024). Learning rates follow the matrices, so that in exact arithmetic the gains change nothing. Writes
+benchmarks/results/<date>-gradient-scaling.md and .png. About 8 minutes of CPU.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from parts.engines import ds_config, in_processes, make_engine
+from parts.measuring import describe_machine, results_path
+from rich.progress import track
+from torch import Tensor, nn
+
+from dalle_ds.config import PriorConfig
+from dalle_ds.models.gradient_scaling import resblock_index
+from dalle_ds.models.prior import Prior
+from dalle_ds.training.engine import Engine, backward, set_learning_rate
+from dalle_ds.training.schedules import warmup_cosine
+from dalle_ds.training.whole_weights import whole_weights
+
+LEARNING_RATE, WARMUP, FINAL = 2e-3, 20, 0.1
+TAIL = 20  # updates, whose mean loss is the last loss
+# A benchmark is short: scales begin as the paper's, fall faster and farther than by its rules, and grow as they do.
+SCALES = {"shrink": 4.0, "patience": 0, "lowest_scale": 2.0**-16, "highest_scale": 2.0**40}
+# DeepSpeed's own settings, but for the window after which a scale is doubled: 1,000 updates are more than there are.
+GLOBAL = {"enabled": True, "loss_scale_window": 50}
+LOUD = 1  # the resblock with large gradients: the first MLP
+# Adam and clipping see gradients of all sizes, so neither is to have a size of its own; nor are buffers to end at 16,
+# as those of 1-6-9 do.
+NO_SIZE = {
+    "gradient_clipping": 0.0,
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "eps": 1e-20, "weight_decay": 0.0}},
+}
+ARMS: dict[str, Mapping[str, Any]] = {
+    "float32": {},
+    "fp16, a scale for each resblock": {
+        "fp16": {"enabled": True, "loss_scale": 1},
+        "resblock_gradient_scaling": SCALES,
+    },
+    "fp16, one dynamic scale": {"fp16": GLOBAL, "mixed_precision": {}},
+    "fp16, no scale": {"fp16": {"enabled": True, "loss_scale": 1}, "mixed_precision": {}},
+    "bf16, no scale": {"bf16": {"enabled": True}, "mixed_precision": {}},
+}
+REFERENCE, EACH, ONE, NONE, BF16 = ARMS
+
+
+@dataclass(frozen=True)
+class Steepness:
+    """Gains of branch outputs, and the constant in a hidden channel of the loud resblock, as powers of two."""
+
+    loud: int = 0
+    quiet: int = 0
+    constant: int | None = None
+
+    def gain(self, resblock: int) -> float:
+        return 2.0 ** (self.loud if resblock == LOUD else self.quiet)
+
+
+SETTINGS = {
+    "plain": Steepness(),
+    "gains alone": Steepness(8, -12),
+    "steep: gains and constant": Steepness(8, -12, 12),
+}
+PLAIN, GAINS, STEEP = SETTINGS
+TASKS = (
+    *((STEEP, arm) for arm in ARMS),
+    (GAINS, ONE),
+    (PLAIN, REFERENCE),
+    (PLAIN, EACH),
+    (PLAIN, ONE),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is trained, and how long."""
+
+    steps: int = 220
+    batch_size: int = 64
+    every: int = 20  # updates between counts of entries that were flushed to zero
+    seed: int = 0
+    model: PriorConfig = field(
+        default_factory=lambda: PriorConfig(
+            text_vocab_size=16, text_len=8, image_vocab_size=16, grid_size=3, n_layer=12, n_head=2, head_dim=16
+        )
+    )
+
+    @property
+    def n_resblocks(self) -> int:
+        return 2 * self.model.n_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One training. `scales` [steps][resblocks or 1], `flushed` {step: [resblocks]}: fractions of matrix entries."""
+
+    setting: str
+    arm: str
+    losses: list[float]
+    scales: list[list[float]] = field(default_factory=list)
+    flushed: dict[int, list[float]] = field(default_factory=dict)
+    skipped: int
+    ended: bool
+    """by DeepSpeed, whose scale cannot fall below 1"""
+    seconds: float  # of CPU
+
+    @property
+    def last(self) -> float:
+        return float(np.mean(self.losses[-TAIL:]))
+
+
+class Gain(nn.Module):
+    """The constant at the end of a branch, in float32."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() * self.gain
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=Size.steps)
+    parser.add_argument("--seed", type=int, default=Size.seed)
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="two steps of a small model, to see that all works")
+    parser.add_argument("--out", type=Path, default=results_path("").parent, help="folder of the table and the plot")
+    args = parser.parse_args(arguments)
+    size = Size(steps=args.steps, seed=args.seed)
+    if args.quick:
+        small = PriorConfig(
+            text_vocab_size=4, text_len=4, image_vocab_size=4, grid_size=2, n_layer=1, n_head=1, head_dim=8
+        )
+        size = Size(steps=2, batch_size=2, every=1, model=small)
+    began = time.time()
+    tasks = [(setting, arm, size) for setting, arm in TASKS]
+    trained = in_processes(train, tasks, 1 if args.quick else args.processes)
+    results = list(track(trained, "training priors", total=len(tasks)))
+    write(results, size, args.out, time.time() - began)
+
+
+def write(results: Sequence[Result], size: Size, out: Path, seconds: float) -> None:
+    stem = out / results_path("gradient-scaling").stem
+    draw(results, size, stem.with_suffix(".png"))
+    text = report(results, size, stem.with_suffix(".png").name, seconds)
+    stem.with_suffix(".md").write_text(text)
+    print(f"\n{text}\n{stem}.md")
+
+
+def train(task: tuple[str, str, Size]) -> Result:
+    """Trains an arm in a setting; the loss is that of the picture's tokens."""
+    setting, arm, size = task
+    steepness, began = SETTINGS[setting], time.process_time()
+    config = ds_config(size.batch_size, LEARNING_RATE, {**NO_SIZE, **ARMS[arm]})
+    engine = make_engine(
+        size.model,
+        config,
+        size.seed,
+        lr_multiplier=lambda name: factor(name, steepness) * (damping(name, steepness)),
+        finish=lambda prior: steepen(prior, steepness),
+    )
+    reference = Prior(size.model)
+    add_gains(reference, steepness)
+    losses: list[float] = []
+    scales: list[list[float]] = []
+    flushed: dict[int, list[float]] = {}
+    ended = False
+    while len(losses) < size.steps and not ended:
+        step = len(losses)
+        set_learning_rate(engine, warmup_cosine(step, WARMUP, FINAL, size.steps))
+        batch = draw_batch(size, step)
+        counts = count_zeros(engine, reference, batch, step, size)
+        output = engine(*batch)
+        losses.append(output["image_loss"].item())
+        scales.append(scales_of(engine))
+        backward(engine, output["loss"])
+        try:
+            engine.step()
+        except Exception as error:
+            # DeepSpeed's only word for it.
+            if "minimum" not in str(error):
+                raise
+            ended = True
+        if counts is not None:
+            flushed[step] = (counts[:, 0] / counts[:, 1].clamp(min=1)).tolist()
+            engine.extras.path.unscaling.watch = None
+    result = Result(
+        setting=setting,
+        arm=arm,
+        losses=losses,
+        scales=scales,
+        flushed=flushed,
+        skipped=engine.skipped_steps,
+        ended=ended,
+        seconds=time.process_time() - began,
+    )
+    engine.destroy()
+    return result
+
+
+def draw_batch(size: Size, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions of random tokens, and pictures that repeat them row by row."""
+    model = size.model
+    n_token = model.text_len - 1
+    generator = torch.Generator().manual_seed(size.seed * 1_000_000 + step)
+    text = torch.randint(model.text_vocab_size, (size.batch_size, n_token), generator=generator)
+    codes = text[:, torch.arange(model.image_len) % n_token]
+    return text, torch.full((size.batch_size,), n_token), codes
+
+
+def steepen(prior: Prior, steepness: Steepness) -> None:
+    """Adds the gains and makes up for them in the last matrices; plants the constant, which nothing reads at first."""
+    import deepspeed
+
+    add_gains(prior, steepness)
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(prior.parameters()), modifier_rank=0):
+        for name, parameter in prior.named_parameters():
+            parameter.mul_(factor(name, steepness))
+        if steepness.constant is not None:
+            mlp = prior.layers[LOUD // 2].mlp
+            mlp.up.bias[0] = 2.0**steepness.constant
+            mlp.down.weight[0] = 0.0  # stored as [n_in, n_out]
+
+
+def add_gains(prior: Prior, steepness: Steepness) -> None:
+    for i, layer in enumerate(prior.layers):
+        layer.attention_end = Gain(steepness.gain(2 * i))
+        layer.mlp_end = Gain(steepness.gain(2 * i + 1))
+
+
+def factor(name: str, steepness: Steepness) -> float:
+    """What a parameter and its learning rate are multiplied by to make up for a gain."""
+    resblock = resblock_index(name)
+    is_last = ".attention.project." in name or ".mlp.down." in name
+    return 1 / steepness.gain(resblock) if is_last and resblock is not None else 1.0
+
+
+def damping(name: str, steepness: Steepness) -> float:
+    """A matrix that reads the constant learns as much more slowly."""
+    reads = steepness.constant is not None and name == f"layers.{LOUD // 2}.mlp.down.weight"
+    return 2.0**-steepness.constant if reads else 1.0
+
+
+def scales_of(engine: Engine) -> list[float]:
+    scaling = engine.extras.scaling
+    if scaling.values is not None:
+        return [float(scale) for scale in scaling.values]
+    return [float(engine.optimizer.loss_scale)] if engine.fp16_enabled() else [1.0]
+
+
+def count_zeros(engine: Engine, reference: Prior, batch: tuple[Tensor, ...], step: int, size: Size) -> Tensor | None:
+    """Has entries counted in the backward pass to come: [resblocks, (flushed, not zero in float32)] of matrices.
+
+    None where it is not the step for it, or where nothing has 16 bits.
+    """
+    if step % size.every or engine.extras.path is None:
+        return None
+    reference.load_state_dict(dict(whole_weights(engine)))
+    reference.zero_grad()
+    reference(*batch)["loss"].backward()
+    exact = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    counts = torch.zeros(size.n_resblocks, 2, dtype=torch.float64)
+
+    def watch(name: str, gradient: Tensor, scale: Tensor | float) -> None:
+        resblock, truth = resblock_index(name), exact[name]
+        if resblock is None or truth is None or truth.dim() < 2:
+            return
+        is_there = truth.flatten() != 0
+        counts[resblock] += torch.stack([((gradient.flatten() == 0) & is_there).sum(), is_there.sum()])
+
+    engine.extras.path.unscaling.watch = watch
+    return counts
+
+
+def report(results: Sequence[Result], size: Size, plot: str, seconds: float) -> str:
+    """The whole page: machine, setting, figures of each training, and what was needed."""
+    steep, model = SETTINGS[STEEP], size.model
+    cpu = np.median([result.seconds for result in results])
+    return "\n".join(
+        [
+            f"# One gradient scale or one a resblock, {results_path('').name[:10]}",
+            "",
+            f"Machine: {describe_machine()}. {seconds / 60:.1f} minutes; one training {cpu:.0f} s of CPU (median).",
+            "",
+            f"{size.n_resblocks} resblocks of width {model.dim}; captions of {model.text_len - 1} random tokens of "
+            f"{model.text_vocab_size}, pictures of {model.image_len} tokens that repeat them: guessing costs "
+            f"{math.log(model.image_vocab_size):.3f} nats a token. {size.steps} updates of {size.batch_size}, AdamW "
+            f"at {LEARNING_RATE:g} after {WARMUP} updates of warm-up, to {FINAL:.0%} of it along a cosine, eps 1e-20, "
+            "no weight decay, no clipping. ZeRO-3 on one process, matrices of resblocks in 16 bits with float32 copies "
+            f"and all else in float32, gradients added up in float32. Seed {size.seed}.",
+            "",
+            f"Steep: outputs of resblocks have a gain of 2^{steep.quiet}, that of resblock {LOUD} one of "
+            f"2^{steep.loud}; its hidden channel 0 holds 2^{steep.constant}. One dynamic scale is DeepSpeed's (from "
+            f"2^16, halved at an overflow, doubled after {GLOBAL['loss_scale_window']} updates, at least 1). The "
+            "scales of resblocks begin at 2^13 and grow by 2^0.001 as the paper's, but fall by "
+            f"{SCALES['shrink']:g} without patience and may fall below 2^7: the paper's rules take thousands of "
+            "updates.",
+            "",
+            "| setting | arm | loss at the end, nats a token | over float32's | flushed to zero: mean of resblocks | "
+            "worst resblock | skipped updates | scales at the end |",
+            "|---|---|---|---|---|---|---|---|",
+            *(row(result, results) for result in results),
+            "",
+            f"Loss: mean over the last {TAIL} updates. Flushed: entries of gradients of a resblock's matrices that are "
+            "zero after the backward pass and are not in float32 at the same weights, mean over the second half of "
+            "training.",
+            "",
+            *conclusions(results),
+            "",
+            f"![Scales, entries flushed to zero, and losses]({plot})",
+            "",
+        ]
+    )
+
+
+def find(results: Sequence[Result], setting: str, arm: str) -> Result:
+    return next(result for result in results if (result.setting, result.arm) == (setting, arm))
+
+
+def row(result: Result, results: Sequence[Result]) -> str:
+    # In exact arithmetic gains change nothing, so that plain float32 is what to compare with.
+    setting = STEEP if result.setting == STEEP else PLAIN
+    excess = result.last - find(results, setting, REFERENCE).last
+    flushed = late_flushes(result)
+    last = [math.log2(scale) for scale in result.scales[-1]]
+    scales = f"2^{last[0]:.1f}" if len(last) == 1 else f"2^{min(last):.1f} to 2^{max(last):.1f}"
+    cells = [
+        f"{result.last:.3f}",
+        f"{excess:+.3f}",
+        f"{np.mean(flushed):.1%}" if flushed else "",
+        f"{max(flushed):.1%}" if flushed else "",
+        f"{result.skipped}{', ended by DeepSpeed' if result.ended else ''}",
+        scales if "fp16" in result.arm else "",
+    ]
+    return f"| {result.setting} | {result.arm} | " + " | ".join(cells) + " |"
+
+
+def late_flushes(result: Result) -> list[float]:
+    """For each resblock, the mean over the second half of training."""
+    steps = sorted(result.flushed)
+    late = [result.flushed[step] for step in steps[len(steps) // 2 :]]
+    return [float(value) for value in np.mean(late, axis=0)] if late else []
+
+
+def conclusions(results: Sequence[Result]) -> list[str]:
+    steep = {arm: find(results, STEEP, arm) for arm in ARMS}
+    gains, plain = find(results, GAINS, ONE), find(results, PLAIN, ONE)
+    others = [value for k, value in enumerate(late_flushes(steep[NONE])) if k != LOUD]
+    return [
+        "What it takes for one scale to fail:",
+        "",
+        f"- Not depth: in the plain model it ends at {plain.last:.3f} against float32's "
+        f"{find(results, PLAIN, REFERENCE).last:.3f}.",
+        f"- Not gains alone, though they set resblocks 2^20 apart: {gains.last:.3f}. A gradient times the value that "
+        "it belongs to says how much the loss depends on that value, which no gain changes. So gains cannot move "
+        "gradients farther apart than fp16 can hold the values, 2^30 or so, and it holds gradients over 2^40.",
+        "- A constant in a hidden channel breaks that bond: the row of the matrix that reads it has gradients as many "
+        "times larger, while nothing is small. That row overflows first and holds one scale down, at "
+        f"2^{math.log2(steep[ONE].scales[-1][0]):.0f} after {len(steep[ONE].losses)} updates; at 2^0, the least that "
+        f"DeepSpeed allows before it ends a run, {np.mean(others):.1%} of the entries of the other resblocks are "
+        f"flushed. With a scale for each, resblock {LOUD} has 2^{math.log2(steep[EACH].scales[-1][LOUD]):.1f}, and the "
+        f"highest is 2^{math.log2(max(steep[EACH].scales[-1])):.1f}.",
+    ]
+
+
+def draw(results: Sequence[Result], size: Size, path: Path) -> None:
+    """As the paper's Figure 12: the scales; beside them what was flushed in each resblock, and losses."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(
+        {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    ):
+        figure = Figure(figsize=(12, 7.2), layout="constrained")
+        scales, flushed, losses, milder = figure.subplots(2, 2).flatten()
+        each = find(results, STEEP, EACH)
+        for k in range(size.n_resblocks):
+            style: dict[str, Any] = {"color": mpl.colormaps["viridis"](k / size.n_resblocks), "linewidth": 1}
+            scales.plot([math.log2(values[k]) for values in each.scales], **style)
+        one = find(results, STEEP, ONE)
+        scales.plot(
+            [math.log2(values[0]) for values in one.scales], color=COLOURS[ONE], linewidth=2, linestyle="--", label=ONE
+        )
+        scales.plot([], color="#3b528b", label=f"each resblock; the lowest is number {LOUD}")
+        finish(scales, "Gradient scales, steep setting", "update", "log2 of the scale")
+        counted = [result for result in results if result.setting == STEEP and result.flushed]
+        for i, result in enumerate(counted):
+            places = np.arange(size.n_resblocks) + 0.2 * (i - 1.5)
+            heights = [100 * value for value in late_flushes(result)]
+            flushed.bar(places, heights, width=0.2, color=COLOURS[result.arm], label=result.arm)
+        finish(flushed, "Matrix gradients flushed to zero, steep setting", "resblock", "% of entries")
+        flushed.set_ylim(0, 130)
+        flushed.legend(fontsize=8, ncols=2, loc="upper left", framealpha=1, edgecolor="none")
+        flushed.set_yticks(range(0, 101, 25))
+        for result in results:
+            if result.setting == STEEP:
+                curve(losses, result.losses, COLOURS[result.arm], result.arm)
+            else:
+                style_name = ":" if result.setting == GAINS else "-"
+                curve(milder, result.losses, COLOURS[result.arm], f"{result.setting}: {result.arm}", style_name)
+        finish(losses, "Loss, steep setting", "update", "nats an image token")
+        finish(milder, "Loss, milder settings", "update", "nats an image token")
+        figure.savefig(path, dpi=130)
+
+
+def curve(axes: Any, values: Sequence[float], colour: str, label: str, style: str = "-") -> None:
+    axes.plot(values, color=colour, linewidth=1.5, label=label, linestyle=style)
+
+
+def finish(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(fontsize=8, framealpha=1, edgecolor="none")
+    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+COLOURS = {REFERENCE: "#1f2430", EACH: "#2563b8", ONE: "#e07b1a", NONE: "#b8325e", BF16: "#2a9d6f"}
+
+
+if __name__ == "__main__":
+    main()
