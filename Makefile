@@ -80,7 +80,7 @@ demo: .venv/.base ## from nothing to pictures on a CPU: made data, both stages, 
 # --- for who changes the code -----------------------------------------------------------------------------------------
 
 test: .venv/.test ## all tests but those that need a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu"
 
 check: .venv/.test ## ruff, formatting, mypy --strict: changes nothing
 	$(BIN)/ruff check .
