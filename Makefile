@@ -91,7 +91,7 @@ format: .venv/.test ## put layout and imports right
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-bench: .venv/.test ## run every benchmark of benchmarks/ (an hour; those of a GPU say that they need one)
+bench: .venv/.test ## run every benchmark of benchmarks/ (two hours; those of a GPU say that they need one)
 	@shopt -s nullglob; files=(benchmarks/*.py); \
 		[ $${#files[@]} -gt 0 ] || echo "benchmarks/ holds no benchmark yet"; \
 		for file in "$${files[@]}"; do echo "$(BIN)/python $$file"; $(BIN)/python "$$file" || exit; done

@@ -82,7 +82,7 @@ CLAIMS = (
 class Settings:
     """What all arms share."""
 
-    steps: int = 600
+    steps: int = 1_200
     warmup: int = 50
     every: int = 100
     batch_size: int = 32

@@ -24,7 +24,7 @@ def run_distributed(fn, world_size, *args, timeout=120):
     traceback is in the error raised here. After `timeout` seconds all are ended, with a TimeoutError.
     """
     # Forked from a server that never ran a backward pass, with the slow imports done once.
-    multiprocessing.set_forkserver_preload(["torch", "deepspeed"])
+    multiprocessing.set_forkserver_preload(["torch", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
     with tempfile.TemporaryDirectory() as folder, _environment(ENVIRONMENT):
         context = start_processes(
             _run_rank,
