@@ -169,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="that kills go on, at most")
     parser.add_argument("--out", type=Path, default=results_path("soak"), help="the table to write")
     args = parser.parse_args(arguments)
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder: name the file to write")
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder) / "inputs", args.seed)
