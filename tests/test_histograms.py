@@ -10,6 +10,7 @@ from helpers import run_distributed
 
 from dalle_ds.config import PriorConfig
 from dalle_ds.models.dvae import DVAE
+from dalle_ds.models.gradient_scaling import resblock_index
 from dalle_ds.models.prior import Prior
 from dalle_ds.presets import PRESETS
 from dalle_ds.training import histograms
@@ -23,7 +24,6 @@ from dalle_ds.training.histograms import (
     as_histogram,
     count_exponents,
     parameter_kind,
-    resblock_of,
 )
 
 
@@ -85,9 +85,9 @@ def test_every_parameter_of_the_prior_has_its_kind_and_its_resblock():
         3 * 2 + 2,
     )
     assert sorted(kinds["embeddings"]) == ["image_states.tokens", "text_states.tokens"]
-    assert {resblock_of(name) for name in names} == {None, *range(6)}
-    assert resblock_of("layers.2.mlp_norm.bias") == resblock_of("module.layers.2.mlp.up.weight") == 5
-    assert resblock_of("layers.2.attention_norm.bias") == 4
+    assert {resblock_index(name) for name in names} == {None, *range(6)}
+    assert resblock_index("layers.2.mlp_norm.bias") == resblock_index("module.layers.2.mlp.up.weight") == 5
+    assert resblock_index("layers.2.attention_norm.bias") == 4
     with torch.device("meta"):
         dvae = DVAE(PRESETS["tiny"].dvae.model)
     assert {parameter_kind(name) for name, _ in dvae.named_parameters()} == {"biases", "other"}
@@ -128,7 +128,7 @@ def write_shares(folder):
         for step in range(1, 5):
             if recorded.is_due(step):
                 for name, gradient, scale in gradients():
-                    recorded.add(name, gradient.flatten()[ranks.rank :: ranks.world_size], scale)
+                    recorded.add(name, resblock_index(name), gradient.flatten()[ranks.rank :: ranks.world_size], scale)
                 recorded.write(step)
 
 

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     from dalle_ds.data.upload import fetch_newest, open_upload
     from dalle_ds.training.deepspeed_config import load_deepspeed_config, zero_stage
     from dalle_ds.training.distributed import process_group
-    from dalle_ds.training.engine import SHARDED_WEIGHTS
     from dalle_ds.training.run import fetched, open_run
+    from dalle_ds.training.sections import SHARDED_WEIGHTS
     from dalle_ds.training.session import train_stage
 
     config = stretched(apply_flags(find_preset(args.preset).dvae, args))

@@ -7,6 +7,7 @@ multiplied by the scale; who updates parameters divides by it. `training.gradien
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ def begin_branch(x: Tensor, scale: Tensor | None) -> Tensor:
     x is of the stream, float32 or float64; `scale` is a tensor of no dimension, read in the backward pass. Without one
     x is returned as it is.
     """
-    return x if scale is None else _Begin.apply(x, scale)  # type: ignore[no-untyped-call]
+    return x if scale is None else _Scaled.apply(x, scale, torch.div)  # type: ignore[no-untyped-call]
 
 
 def end_branch(x: Tensor, scale: Tensor | None) -> Tensor:
     """Where a branch joins the stream, already in its dtype: the gradient is multiplied by `scale` and filtered."""
-    return x if scale is None else _End.apply(x, scale)  # type: ignore[no-untyped-call]
+    return x if scale is None else _Scaled.apply(x, scale, torch.mul)  # type: ignore[no-untyped-call]
 
 
 def resblock_index(name: str) -> int | None:
@@ -36,33 +37,22 @@ def resblock_index(name: str) -> int | None:
     return None if match is None else 2 * int(match["layer"]) + BRANCHES.index(match["branch"])
 
 
-class _Begin(torch.autograd.Function):
+class _Scaled(torch.autograd.Function):
+    """x itself; its gradient by `operation` with the scale, filtered."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         assert x.dtype in STREAM_DTYPES, f"the stream is {x.dtype}"
+        ctx.operation = operation
         # Saved so that autograd refuses a backward pass through scales that have changed since the forward pass.
         ctx.save_for_backward(scale)
         return x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
-        return _filter_(grad / scale), None
-
-
-class _End(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        assert x.dtype in STREAM_DTYPES, f"what joins the stream is {x.dtype}"
-        ctx.save_for_backward(scale)
-        return x.view_as(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return _filter_(grad * scale), None
+        return _filter_(ctx.operation(grad, scale)), None, None
 
 
 def _filter_(grad: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dalle_ds.config import InputError, require
 from dalle_ds.training.deepspeed_config import COMPACT, zero_stage
-from dalle_ds.training.engine import SHARDED_WEIGHTS, Engine, Extras
+from dalle_ds.training.engine import Engine, Extras
 from dalle_ds.training.engine_state import place_in_whole
 from dalle_ds.training.gradient_path import GradientPath, Share, Unscaling
 from dalle_ds.training.gradient_scales import GradientScales, NoScaling
 from dalle_ds.training.optimizer import CompactAdamW
-from dalle_ds.training.sections import MAX_STAGE, Sections, sixteen_bit_dtype, take_sections
+from dalle_ds.training.sections import SHARDED_WEIGHTS, Sections, sixteen_bit_dtype, take_sections
 from dalle_kernels.compression.zero_hook import Machines, equalize_replicas, find_machines, shard_shape
 
 
@@ -48,7 +48,7 @@ def build_engine(
     stage, dtype = zero_stage(config), sixteen_bit_dtype(config)
     machines = None if sections.machine_size is None else _find_machines(sections.machine_size)
     precision = Precision()
-    if sections.is_any and stage == MAX_STAGE:
+    if sections.is_any and stage == SHARDED_WEIGHTS:
         precision = Precision(matrix_dtype=dtype)
     elif sections.is_any:
         # DeepSpeed's engine is one of float32, to which the model casts gradients back.
@@ -63,26 +63,16 @@ def build_engine(
     is_apart = sections.is_any or config["optimizer"]["type"] == COMPACT
     groups = _groups(model, lr_multiplier, resblocks, apart=is_apart)
     multipliers = [group.pop("multiplier") for group in groups]
-    seam = _make_seam(sections, config, model, resblocks, machines)
-    engine = _initialize(model, groups, ds_config, seed, seam)
-    if seam.scaling.values is not None:
-        engine.module.set_gradient_scales(seam.scaling.values)
+    extras, plan = _make_extras(sections, config, model, resblocks, machines)
+    engine = _initialize(model, groups, ds_config, seed, plan)
+    engine.extras = extras
+    if extras.scaling.values is not None:
+        engine.module.set_gradient_scales(extras.scaling.values)
     engine.peak_learning_rates = [
         group["lr"] * multiplier for group, multiplier in zip(engine.optimizer.param_groups, multipliers, strict=True)
     ]
-    engine.extras = Extras(scaling=seam.scaling, unscaling=seam.unscaling, path=seam.path, machines=machines)
     place_in_whole(engine)
     return engine
-
-
-@dataclass(frozen=True)
-class _Seam:
-    """What stands between DeepSpeed's backward pass and its update; nothing where no section asks for it."""
-
-    scaling: GradientScales | NoScaling = field(default_factory=NoScaling)
-    unscaling: Unscaling | None = None
-    path: GradientPath | None = None
-    plan: Any = None  # Stage3Plan or WholePlan
 
 
 def _find_machines(size: int) -> Machines:
@@ -132,17 +122,18 @@ def _groups(
     return list(groups.values())
 
 
-def _make_seam(
+def _make_extras(
     sections: Sections,
     config: dict[str, Any],
     model: nn.Module,
     resblocks: dict[str, int | None],
     machines: Machines | None,
-) -> _Seam:
+) -> tuple[Extras, Any]:
+    """What the engine carries, and the plan by which its update differs from DeepSpeed's: None for not at all."""
     from deepspeed.accelerator import get_accelerator
 
     if not sections.is_any:
-        return _Seam()
+        return Extras(NoScaling()), None
     stage, world_size = zero_stage(config), dist.get_world_size()
     device = torch.device(get_accelerator().current_device_name())
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -153,7 +144,7 @@ def _make_seam(
     # With scales, the loss is divided by the number of ranks, and they are as many times larger (Appendix D).
     factor = 1.0 if options is None else float(world_size)
     unscaling = Unscaling(scaling, device)
-    if stage == MAX_STAGE:
+    if stage == SHARDED_WEIGHTS:
         from dalle_ds.training.stage3 import Stage3Plan
 
         n_shards = world_size if machines is None else machines.size
@@ -182,7 +173,7 @@ def _make_seam(
             divisor=divisor,
             factor=factor * divisor / n_shards,
         )
-        return _Seam(scaling, unscaling, path, plan)
+        return Extras(scaling, unscaling, path, machines), plan
     from dalle_ds.training.lower_stages import WholePlan
 
     averaging = None
@@ -192,7 +183,7 @@ def _make_seam(
         averaging = GradientPath(shares, unscaling, compressor, device, between=dist.group.WORLD, inside=None)
     of_parameters = {parameter: resblocks[name] for parameter, name in names.items()}
     plan = WholePlan(unscaling=unscaling, path=averaging, names=names, resblocks=of_parameters, factor=factor)
-    return _Seam(scaling, unscaling, averaging, plan)
+    return Extras(scaling, unscaling, averaging), plan
 
 
 def _shard_shape(name: str, parameter: Any, resblock: int | None, n_shards: int, sections: Sections) -> tuple[int, ...]:
@@ -207,7 +198,7 @@ def _shard_shape(name: str, parameter: Any, resblock: int | None, n_shards: int,
 
 
 def _initialize(
-    model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], seed: int, seam: _Seam
+    model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], seed: int, plan: Any
 ) -> Engine:
     import deepspeed
 
@@ -219,22 +210,22 @@ def _initialize(
         ds_config["zero_allow_untested_optimizer"] = True
     clipping = ds_config.get("gradient_clipping", 0.0)
     installation: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if seam.plan is not None and stage == MAX_STAGE:
+    if plan is not None and stage == SHARDED_WEIGHTS:
         from dalle_ds.training import stage3
 
-        installation = stage3.installed(seam.plan)
-    elif seam.plan is not None and stage > 0:
+        installation = stage3.installed(plan)
+    elif plan is not None and stage > 0:
         from dalle_ds.training import lower_stages
 
-        installation = lower_stages.installed(seam.plan)
-    elif seam.plan is not None:
+        installation = lower_stages.installed(plan)
+    elif plan is not None:
         ds_config = {**ds_config, "gradient_clipping": 0.0}
     with installation:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=ds_config)
-    if seam.plan is not None and stage == 0:
+    if plan is not None and stage == 0:
         from dalle_ds.training.lower_stages import UpdateHook
 
-        UpdateHook(seam.plan, clipping).attach(engine)
+        UpdateHook(plan, clipping).attach(engine)
     if hasattr(engine.optimizer, "fp16_groups") and stage == 0:
         # In 16-bit training without ZeRO, DeepSpeed 0.19.8 begins with a step of no gradients, which Adam would count.
         # It has decayed the float32 weights too, and not the model's copy of them.

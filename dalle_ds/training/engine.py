@@ -15,8 +15,6 @@ from dalle_kernels.compression.zero_hook import Machines
 
 Engine = Any
 
-SHARDED_WEIGHTS = 3  # ZeRO stage
-
 
 @dataclass(frozen=True)
 class Extras:

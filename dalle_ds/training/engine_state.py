@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.config import InputError
-from dalle_ds.training.engine import SHARDED_WEIGHTS, Engine
+from dalle_ds.training.engine import Engine
 from dalle_ds.training.portable import Piece, PieceReader
+from dalle_ds.training.sections import SHARDED_WEIGHTS
 from dalle_kernels.compression.formats import ADAM_MEAN, ADAM_VARIANCE, decode, encode
 
 WEIGHT = "weight"

@@ -21,7 +21,9 @@ from dalle_kernels.compression.base import at_least_32_bit
 
 Group = dist.ProcessGroup | None
 ERROR = "error"  # kind of piece
-Watch = Callable[[str, Tensor, Tensor | float], None]
+# Name, number of its resblock, gradient, and its scale.
+Watch = Callable[[str, int | None, Tensor, Tensor | float], None]
+CLIP_EPSILON = 1e-6  # DeepSpeed's, as torch's, in the quotient of norm and limit
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Unscaling:
         if resblock is not None and self.scaling.values is not None:
             scale, place = self.scaling.values[resblock], resblock
         if self.watch is not None:
-            self.watch(name, gradient, scale)
+            self.watch(name, resblock, gradient, scale)
         # One pass that keeps nothing; sums of squares of 16-bit numbers fit float32.
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         self._nonfinite[place] |= ~norm.isfinite()
@@ -117,6 +119,11 @@ class GradientPath:
             dist.all_reduce(squared_norm, group=self.inside)
         return torch.where(self.unscaling.agree(), torch.inf, squared_norm).sqrt().float()
 
+    def taken_together(self) -> list[list[str]]:
+        """All names, those that `take` wants in one call together: each resblock's matrices, and all else."""
+        whole = [name for name in self.shares if name not in self._block_of]
+        return [*map(list, self.compressor.blocks.values()), whole]
+
     def take(self, names: Iterable[str], out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Averaged, unscaled gradients in at least float32, of the shapes of the shares; matrices by resblock.
 
@@ -155,6 +162,11 @@ class GradientPath:
 
     def discard(self) -> None:
         """Leaves an update out: what compression keeps for later ones follows its own rules."""
-        whole = [name for name in self.shares if name not in self._block_of]
-        for names in (*self.compressor.blocks.values(), whole):
+        for names in self.taken_together():
             self.take(names)
+
+
+def clip_(gradient: Tensor, norm: Tensor, limit: float) -> None:
+    """Makes a (part of a) gradient of the global `norm` as much smaller as that exceeds `limit`; 0 clips nothing."""
+    if limit > 0:
+        gradient.div_(((norm + CLIP_EPSILON) / limit).clamp(min=1.0))

@@ -23,8 +23,6 @@ ZERO, NONFINITE, N_BIN = N_EXPONENT, N_EXPONENT + 1, N_EXPONENT + 2
 # torch.histc counts in float32, which is exact to 2^24.
 PIECE = 2**24
 
-RESBLOCK = re.compile(r"\blayers\.(\d+)\.(attention|mlp)")
-
 
 @torch.no_grad()
 def count_exponents(values: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -45,12 +43,6 @@ def count_exponents(values: Tensor, scale: Tensor | float = 1.0) -> Tensor:
 def parameter_kind(name: str) -> str:
     """The kind of a parameter of that name: one of KINDS."""
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
-
-
-def resblock_of(name: str) -> int | None:
-    """The resblock of a parameter: 2 * layer for attention, 2 * layer + 1 for the MLP, norms included; or None."""
-    match = RESBLOCK.search(name)
-    return None if match is None else 2 * int(match[1]) + (match[2] == "mlp")
 
 
 class GradientHistograms:
@@ -76,9 +68,9 @@ class GradientHistograms:
         if self.is_due(step):
             self.write(step)
 
-    def add(self, name: str, gradient: Tensor, scale: Tensor | float = 1.0) -> None:
-        """Counts (a part of) the gradient of parameter `name`, which is `scale` times too large."""
-        counts, resblock = count_exponents(gradient, scale), resblock_of(name)
+    def add(self, name: str, resblock: int | None, gradient: Tensor, scale: Tensor | float = 1.0) -> None:
+        """Counts (a part of) the gradient of parameter `name` of a resblock, which is `scale` times too large."""
+        counts = count_exponents(gradient, scale)
         self.counts[list(KINDS).index(parameter_kind(name))] += counts
         if resblock is not None and len(KINDS) + resblock < len(self.counts):
             self.counts[len(KINDS) + resblock] += counts

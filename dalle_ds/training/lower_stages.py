@@ -14,9 +14,7 @@ import deepspeed.runtime.zero.stage_1_and_2 as zero12
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.training.gradient_path import GradientPath, Unscaling
-
-CLIP_EPSILON = 1e-6  # as in torch's quotient of norm and limit
+from dalle_ds.training.gradient_path import GradientPath, Unscaling, clip_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,7 @@ class WholePlan:
             self.path.receive(name, parameter.grad.view(-1), self.factor, last=False)  # type: ignore[union-attr]
         norm = self.path.finish()
         parameters = {name: parameter for parameter, name in self.names.items()}
-        in_block = {name for names in self.path.compressor.blocks.values() for name in names}
-        whole = [name for name in parameters if name not in in_block]
-        for names in (*self.path.compressor.blocks.values(), whole):
+        for names in self.path.taken_together():
             self.path.take(names, {name: parameters[name].grad for name in names})  # type: ignore[misc]
         return norm
 
@@ -78,8 +74,8 @@ class UpdateHook:
         for parameter in parameters:
             if optimizer.overflow:
                 parameter.grad = None  # torch's optimizers and ours leave a parameter without a gradient alone
-            elif self.clipping and parameter.grad is not None:
-                parameter.grad.div_(((norm + CLIP_EPSILON) / self.clipping).clamp(min=1.0))
+            elif parameter.grad is not None:
+                clip_(parameter.grad, norm, self.clipping)
 
 
 class ScaledUpdate(zero12.DeepSpeedZeroOptimizer):  # type: ignore[misc]

@@ -186,17 +186,19 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             loss_scale == 1,
             f"{where}: fp16.loss_scale {loss_scale!r} must be 1 beside resblock_gradient_scaling: one scales, not both",
         )
-    if stage < MAX_STAGE and dtype == torch.float16 and sections.is_any:
+    if stage < SHARDED_WEIGHTS and dtype == torch.float16 and sections.is_any:
         require(
             scaling is not None,
             f"{where}: mixed precision in fp16 at stage {stage} needs resblock_gradient_scaling: or use bf16, or 3",
         )
     require(
-        stage == MAX_STAGE or sections.hierarchical_sharding is None,
+        stage == SHARDED_WEIGHTS or sections.hierarchical_sharding is None,
         f"{where}: hierarchical_sharding shards parameters: set zero_optimization.stage to 3",
     )
     if not sections.master_weights:
-        require(stage == MAX_STAGE, f"{where}: mixed_precision.master_weights false needs zero_optimization.stage 3")
+        require(
+            stage == SHARDED_WEIGHTS, f"{where}: mixed_precision.master_weights false needs zero_optimization.stage 3"
+        )
         require(
             optimizer == "CompactAdamW" or dtype == torch.float32,
             f"{where}: mixed_precision.master_weights false needs optimizer.type CompactAdamW, which rounds weights",
@@ -208,7 +210,7 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             f"{where}: gradient_compression cannot serve ZeRO {stage}, which averages every micro-step: use {stages}",
         )
         require(
-            stage < MAX_STAGE or sections.hierarchical_sharding is not None,
+            stage < SHARDED_WEIGHTS or sections.hierarchical_sharding is not None,
             f"{where}: gradient_compression works between machines: add hierarchical_sharding with its machine_size, "
             "or use stage 0 or 1",
         )
@@ -218,12 +220,12 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             f"{where}: gradient_compression.matrix_rank {rank} must be a multiple of machine_size {size}",
         )
         require(
-            stage == MAX_STAGE or dtype == torch.float32 or sections.is_mixed,
+            stage == SHARDED_WEIGHTS or dtype == torch.float32 or sections.is_mixed,
             f"{where}: gradient_compression at stage {stage} in 16 bits needs the section mixed_precision",
         )
 
 
-MAX_STAGE = 3
+SHARDED_WEIGHTS = 3  # ZeRO stage
 KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
 _SECTIONS = {
     "mixed_precision": MixedPrecision,

@@ -14,7 +14,7 @@ import deepspeed.runtime.zero.stage3 as zero3
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.training.gradient_path import GradientPath
+from dalle_ds.training.gradient_path import GradientPath, clip_
 from dalle_kernels.compression.zero_hook import scatter_sums
 
 
@@ -134,13 +134,7 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
         """Clips alone: gradients are unscaled."""
-        if self.clip_grad > 0:
-            excess = (total_norm / self.loss_scale + CLIP_EPSILON) / self.clip_grad
-            self.fp32_partitioned_groups_flat[sub_group_id].grad.div_(excess.clamp(min=1.0))
-
-
-# DeepSpeed's, as torch's, in the quotient of norm and limit.
-CLIP_EPSILON = 1e-6
+        clip_(self.fp32_partitioned_groups_flat[sub_group_id].grad, total_norm / self.loss_scale, self.clip_grad)
 
 
 @contextlib.contextmanager

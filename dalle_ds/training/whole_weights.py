@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_ds.training.engine import SHARDED_WEIGHTS, Engine
+from dalle_ds.training.engine import Engine
 from dalle_ds.training.engine_state import WEIGHT, take_pieces
 from dalle_ds.training.portable import Piece
+from dalle_ds.training.sections import SHARDED_WEIGHTS
 
 
 @torch.no_grad()
