@@ -56,8 +56,8 @@ class Meter:
         return call
 
 
-def count(machine_size, compression):
-    """Of this rank: bytes and calls between machines by collective, the compressor's count, entries of no matrix."""
+def count(machine_size, compression, stage=3):
+    """Below stage 3 for machines of one. Of this rank: bytes and calls between machines by collective, the compressor's count, entries of no matrix."""
     from dalle_ds.models.gradient_scaling import resblock_index
     from dalle_ds.models.prior import Prior
     from dalle_ds.training.construction import build_engine
@@ -69,10 +69,11 @@ def count(machine_size, compression):
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-            "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
-            "hierarchical_sharding": {"machine_size": machine_size},
+            "zero_optimization": {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
             "gradient_compression": compression,
         }
+        if stage == 3:
+            settings["hierarchical_sharding"] = {"machine_size": machine_size}
         engine = build_engine(lambda precision: Prior(config), settings, 0, resblock_of=resblock_index)
         path = engine.extras.path
         text, codes = torch.zeros(1, config.text_len - 1).long(), torch.zeros(1, config.image_len).long()
@@ -123,6 +124,22 @@ def test_without_compression_all_gradients_cross_once_and_as_they_are():
         assert n_matrices == 6 * config.n_layer
         assert counts == {"all_reduce": (4 * N_UPDATES * (entries + n_whole), N_UPDATES * (2 * config.n_layer + 1))}
         assert traffic.matrix_bytes + traffic.whole_bytes == counts["all_reduce"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_below_stage_3_gradients_travel_as_factors_and_in_no_other_way(stage):
+    """DeepSpeed's own average of gradients has nothing to do; what it sends at stage 1 are the updated weights."""
+    config, options = config_of(1), {"type": "powersgd", "matrix_rank": RANK_OF_SHARD, "wire": "full"}
+    n_blocks = 2 * config.n_layer
+    for counts, traffic, n_whole, n_matrices in run_distributed(count, 2, 1, options, stage, timeout=200):
+        factors = 4 * config.n_layer * 12 * config.dim**2 * RANK_OF_SHARD * 3 / (2 * config.dim)
+        flags = 4 * (n_matrices + 1)  # of what is not finite: of matrices with the rest, and of all that came
+        sent, n_calls = counts["all_reduce"]
+        assert sent == N_UPDATES * (factors + 4 * n_whole + flags)
+        assert traffic.matrix_bytes == N_UPDATES * factors
+        assert n_calls == N_UPDATES * (2 * n_blocks + 2)
+        assert not counts.get("reduce_scatter_tensor")
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -19,7 +19,7 @@ from dalle_kernels.compression.compressors import COMPRESSORS
 from dalle_kernels.compression.factors import PowerSGDOptions, n_factor_entries
 from dalle_kernels.compression.formats import ERROR_BUFFER
 from dalle_kernels.compression.powersgd import PowerSGD
-from dalle_kernels.compression.uncompressed import NoCompression
+from dalle_kernels.compression.uncompressed import NoCompression, NoCompressionOptions
 
 N_RANKS, SIZES = 4, (1, 2, 4)
 # Wide, tall and square matrices in two resblocks, some of one shape; and what is sent whole.
@@ -161,7 +161,7 @@ def oracle(rank, n, group):
         ours = draw(seed, rank, ORACLE_SHAPES)
         bucket = Bucket(list(ours.values()))
         compressor.reduce_(ours, group)
-        starts = [start for batch in next(iter(compressor._batches.values())) for start in batch.start]
+        starts = [start for batch in next(iter(compressor._batches.values())) for start in batch.start.load()]
         state.q_memory_dict[0] = torch.cat([start.flatten() for start in starts])
         state.p_memory_dict[0] = torch.empty(
             sum(ORACLE_RANK * s[0] for s in ORACLE_SHAPES.values() if len(s) == 2)
@@ -192,11 +192,14 @@ def degenerate(rank, n, group):
 
 
 BAD, GOOD, SPOILED = "layers.1.attention.query", "layers.1.attention.key", 1
+FACTORS = ("factors", "p", "q")
 FAULTS = {
     # What becomes not finite, by the options and by what rank 0 does to its gradient.
     "gradient": (FULL, float("nan")),
     "factors": (FULL | {"wire": "float16", "p_scale": 1.0, "q_scale": 1.0}, 1e9),
-    "error": ({"errors": "1-6-9", "wire": "full"}, 1e3),
+    "p": (FULL | {"wire": "float16", "p_scale": 1.0, "q_scale": 2.0**-24}, 1e9),
+    "q": (FULL | {"wire": "float16", "p_scale": 2.0**-24, "q_scale": 1.0}, 1e9),
+    "error": ({"errors": "1-6-9", "wire": "full"}, 1e5),
     "whole": (FULL, float("inf")),
 }
 
@@ -229,6 +232,7 @@ def resume(rank, n, group):
     for other in SIZES:
         if other < n:
             after = powersgd(2, start="warm", **FULL)
+            after.declare(gradients)
             after.load_state_dict(state)
             parts = [draw(3, i) for i in range(rank % other, n, other)]
             gradients = {name: sum(part[name] for part in parts) / len(parts) for name in SHAPES}
@@ -244,6 +248,7 @@ def resume_on_as_many(rank, n, group):
     for seed in range(3):
         before.reduce_(draw(seed, rank, dtype=torch.float32), group)
     states = [before.state_dict(group)["errors"] for _ in range(2)]
+    after.declare(draw(0, rank, dtype=torch.float32))
     after.load_state_dict(before.state_dict(group))
     for compressor in (before, after):
         for seed in (3, 4):
@@ -259,7 +264,7 @@ def counted_bytes(rank, n, group):
     for wire, n_shards in itertools.product(wire_module.WIRES, (1, 2)):
         for kind, compressor in {
             "powersgd": powersgd(4, n_shards=n_shards, wire=wire),
-            "none": NoCompression(wire=wire),
+            "none": NoCompression(NoCompressionOptions(wire=wire)),
         }.items():
             calls = []
             names = ("all_reduce", "all_to_all_single")
@@ -333,7 +338,10 @@ def half_gradients(rank, n, group):
         averages |= compressor.take(names)
     errors = summed_errors(compressor, group)
     written = {}
-    for name, other in {"powersgd": powersgd(2, **FULL), "none": NoCompression(buffers="1-6-9")}.items():
+    for name, other in {
+        "powersgd": powersgd(2, **FULL),
+        "none": NoCompression(NoCompressionOptions(buffers="1-6-9")),
+    }.items():
         written[name] = draw(0, rank, dtype=torch.float16)
         other.reduce_(written[name], group)
     return averages, errors, written
@@ -473,20 +481,22 @@ def test_zeros_ones_and_ill_conditioned_gradients_stay_finite(ranks, label):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_not_finite_on_one_machine_is_seen_by_all(ranks, fault):
     for results in ranks(faults):
-        for seed, (_, errors, reduction) in enumerate(results[fault]):
+        for seed, (output, errors, reduction) in enumerate(results[fault]):
             # A finite error that is too large for the wire stays, as the rules have it, and so does the fault.
-            is_spoiled = seed == SPOILED or (seed > SPOILED and fault == "factors")
+            is_spoiled = seed == SPOILED or (seed > SPOILED and fault in FACTORS)
             assert bool(reduction.squared_norm.isinf()) == is_spoiled
             seen = [name for name, is_bad in zip(reduction.names, reduction.nonfinite, strict=True) if is_bad]
             assert seen == ([BAD] if is_spoiled and fault != "whole" else [])
             assert all(error.isfinite().all() for error in errors.values())
+            # What was received as infinite is clamped, so that nothing else becomes infinite or NaN by it.
+            assert fault not in FACTORS or all(output[name].isfinite().all() for name in MATRICES)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_error_buffers_of_a_skipped_update_follow_the_papers_rules(ranks, n, fault):
     """Appendix E.2, step 12. A matrix whose factors are finite loses P Q^T although no parameter moves."""
     # float32 sums of a few numbers around 1, or 1-6-9 of numbers around 5 on each machine.
-    tolerance = n * 5 * CODED_ROUNDING if fault == "error" else 1e-5
+    tolerance = {"error": n * 5 * CODED_ROUNDING, "p": 1e-2, "q": 1e-2}.get(fault, 1e-5)
     for results in ranks(faults):
         (_, before, _), (output, after, _) = results[fault][:2]
         given = [draw(SPOILED, rank, dtype=torch.float32) for rank in range(n)]
@@ -495,7 +505,7 @@ def test_error_buffers_of_a_skipped_update_follow_the_papers_rules(ranks, n, fau
             expected = before[name] + sum(gradients[name] for gradients in healthy)
             if name == GOOD or fault in ("gradient", "whole"):  # factors are finite
                 expected = expected - n * output[name]
-            elif fault == "factors":  # the error is, and so it stays whole
+            elif fault in FACTORS:  # the error is, and so it stays whole
                 given[0][BAD][2, 3] = FAULTS[fault][1]
                 expected = expected + given[0][BAD]
             else:  # the first machine's is not: zero
@@ -554,8 +564,8 @@ def test_in_sixteen_bits_gradients_are_the_same_on_all_machines_and_near_those_i
         for (coded, full), (first, _) in zip(history, every[0], strict=True):
             assert all(coded[name].equal(first[name]) for name in SHAPES)
             for name in MATRICES:
-                # P, Q and errors are each rounded, and a rounded P turns the subspace a little.
-                assert (coded[name] - full[name]).norm() < 8 * CODED_ROUNDING * full[name].norm()
+                # Q0, P twice, Q and errors are each rounded, and a rounded Q0 or P turns the subspace a little.
+                assert (coded[name] - full[name]).norm() < 12 * CODED_ROUNDING * full[name].norm()
 
 
 def test_in_parts_and_over_micro_steps_an_update_is_the_same(ranks):
@@ -596,7 +606,8 @@ def test_the_compression_rates_of_the_papers_three_sizes(monkeypatch, dim, matri
         "powersgd": {"matrix_rank": matrix_rank, "n_shards": n_shards, "errors": "full"},
         "none": {},
     }.items():
-        compressor = COMPRESSORS[name](wire="bfloat16", **options)
+        kind = COMPRESSORS[name]
+        compressor = kind.make(kind.options(wire="bfloat16", **options))
         compressor.reduce_({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, None)
         n_bytes[name] = compressor.traffic.matrix_bytes
     assert n_bytes["none"] == 2 * 12 * dim * dim // n_shards
@@ -638,36 +649,20 @@ def test_saturation_is_no_way_to_hide_an_overflow_of_the_errors():
 )
 def test_options_that_cannot_be_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        COMPRESSORS["powersgd"](**options)
+        COMPRESSORS["powersgd"].options(**options)
 
 
 def test_a_state_of_something_else_is_refused():
-    with pytest.raises(ValueError, match="state without errors, starts is not of a run with PowerSGD"):
+    with pytest.raises(ValueError, match="state without errors is not of a run with PowerSGD"):
         powersgd(2).load_state_dict({"n_updates": 3})
-    with pytest.raises(ValueError, match="name its compressor"):
-        NoCompression().load_state_dict({"n_updates": 3})
     compressor = powersgd(2)
-    compressor.load_state_dict({"n_updates": 3, "errors": {"layers.0.mlp.up": torch.zeros(5, 6)}, "starts": {}})
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up has no error buffer in the state"):
-        compressor.declare({"layers.1.mlp.up": torch.ones(24, 6)})
-    with pytest.raises(ValueError, match=r"layers.0.mlp.up of shape \(24, 6\) has an error buffer of \(5, 6\)"):
-        compressor.declare({"layers.0.mlp.up": torch.ones(24, 6)})
-
-
-@pytest.mark.parametrize("size", [2.0**-50, 1e-8, 1.0, 100.0, 8000.0])
-def test_buffers_of_sixteen_bits_hold_large_gradients_and_small_ones(size, monkeypatch):
-    """In the format's own range an entry of 16 would be infinite, and no scale could help: the update never came."""
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
-    compressor = NoCompression(buffers="1-6-9")
-    gradients = {"layers.0.mlp.up": size * torch.randn(24, 6).clamp(-1.5, 1.5), "tokens": torch.ones(3)}
-    compressor.declare(gradients)
-    for half in range(2):
-        compressor.add({name: (0.25 + 0.5 * half) * gradient for name, gradient in gradients.items()})
-    assert compressor.finish(None).squared_norm.isfinite()
-    averages = compressor.take(gradients)
-    # Two roundings to 9 bits, or to what is the smallest number there.
-    torch.testing.assert_close(averages["layers.0.mlp.up"], gradients["layers.0.mlp.up"], rtol=2**-8, atol=2**-56)
-    assert not compressor.take(gradients)["layers.0.mlp.up"].any()
+    compressor.declare({"layers.0.mlp.up": torch.ones(24, 6)})
+    for name, words in {
+        "layers.1.mlp.up": r"layers.0.mlp.up has no error buffer in the state",
+        "layers.0.mlp.up": r"layers.0.mlp.up of shape \(24, 6\) has an error buffer of \(5, 6\)",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            compressor.load_state_dict({"n_updates": 3, "errors": {name: torch.zeros(5, 6)}})
 
 
 def test_a_gradient_that_stays_away_is_noticed():

@@ -1,6 +1,6 @@
 """One AdamW update of flat tensors with moments in any format: the settings of a step, and the update on a CPU.
 
-The GPU's kernel (codec_kernels.py) does the same arithmetic in the same order, so that the two agree bit for bit where
+The GPU's kernel (adam_kernels.py) does the same arithmetic in the same order, so that the two agree bit for bit where
 their square roots do.
 """
 

@@ -33,10 +33,23 @@ class Reduction:
     names: tuple[str, ...]
 
 
+class Options(Protocol):
+    """Settings of a compressor: a frozen dataclass, whose fields a configuration may name."""
+
+    def for_shard(self, n_shards: int, ordinal: int, buffers: str) -> Any:
+        """The settings for shard `ordinal` of `n_shards`; `buffers` is how gradients that are not compressed add up.
+
+        Raises ValueError, with what would do, where there cannot be so many shards.
+        """
+
+
 class Compressor(Protocol):
     """Averages gradients over a group. Names, their order and all calls are the same on all ranks of the group."""
 
     traffic: Traffic
+    n_updates: int
+    keeps_errors: bool
+    """whether an update leaves something to later ones"""
 
     @property
     def blocks(self) -> Mapping[str, Sequence[str]]:
@@ -49,8 +62,11 @@ class Compressor(Protocol):
     def declare(self, like: Gradients) -> None:
         """Makes buffers for gradients of these names, shapes and devices: all those of a resblock in one call."""
 
-    def add(self, gradients: Gradients) -> None:
-        """Adds gradients, any of the declared ones, into their buffers. Those that are not finite are left out."""
+    def add(self, gradients: Gradients, factor: Tensor | float = 1.0) -> None:
+        """Adds gradients times a number, any of the declared ones, into their buffers, in at least float32.
+
+        They may have any floating dtype. What is not finite shows in the norm.
+        """
 
     def send(self, block: str, group: Group) -> None:
         """Starts the average of a resblock to which all has been added; others may still be under way."""
@@ -68,10 +84,13 @@ class Compressor(Protocol):
         """All of it in one call: replaces gradients by their average over the group."""
 
     def state_dict(self, group: Group) -> dict[str, Any]:
-        """What a run needs to go on, on the CPU: the same on every machine. All ranks of the group call it."""
+        """What a run needs to go on, on the CPU: the same on every machine. All ranks of the group call it.
+
+        {"n_updates": ..., "errors": {name: Tensor}}, the latter empty where nothing is left to later updates.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state, of a group of any size."""
+        """Takes up a state, of a group of any size, when all gradients are declared."""
 
 
 def resblock_of(name: str, gradient: Tensor) -> str | None:
@@ -99,9 +118,16 @@ def split(gradients: Gradients, block_of: BlockOf) -> tuple[dict[str, list[str]]
     return dict(reversed(blocks.items())), whole
 
 
-def at_least_32_bit(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or float64 where it is that."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def wide(like: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 where the tensor is that."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def as_factor(factor: Tensor | float, like: Tensor) -> Tensor:
+    """A number as a float32 scalar beside the tensor."""
+    if isinstance(factor, Tensor):
+        return factor.float()
+    return torch.full((), factor, dtype=torch.float32, device=like.device)
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:

@@ -1,10 +1,9 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # mypy: disallow-untyped-calls=False
-"""The AdamW update with 16-bit moments as one Triton kernel: decode, update, encode, write the weights.
+"""The codec of formats.py and the sums of accumulation.py in Triton, for GPUs.
 
-What formats.py and adam.py do, in the same order and with products and sums apart, so that the results are theirs bit
-for bit; only torch's square root on a CPU may be off by one unit in the last place. A format is a constexpr tuple: sign
-bits, exponent bits, significand bits, bias, limit code, code of NaN.
+What these do, with the same results bit for bit. A format is a constexpr tuple: sign bits, exponent bits, significand
+bits, bias, limit code, code of NaN; "ieee" ones alone.
 
 Names: p_ pointers, o_ offsets, b_ values, m_ masks, i_ program ids.
 """
@@ -16,74 +15,101 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dalle_kernels.compression.adam import Update
-from dalle_kernels.compression.formats import (
-    ADAM_MEAN,
-    ADAM_VARIANCE,
-    FORMATS,
-    MURMUR,
-    WEYL,
-    Format,
-    counter_start,
-    signed,
-)
+from dalle_kernels.compression.accumulation import Noise
+from dalle_kernels.compression.formats import MURMUR, WEYL, Format, counter_start, signed
 
 BLOCK = 1024
 # A product and a sum in one instruction would round once where the CPU rounds twice.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-NEAREST, STOCHASTIC, KAHAN = (tl.constexpr(i) for i in range(3))
-ROUNDINGS = {"nearest": NEAREST.value, "stochastic": STOCHASTIC.value, "kahan": KAHAN.value}
 INFINITY = tl.constexpr(0x7F800000)
 STRIDE = tl.constexpr(WEYL)
 FACTOR_1, FACTOR_2 = (tl.constexpr(factor) for _, factor in MURMUR[:2])
 SHIFT_1, SHIFT_2, SHIFT_3 = (tl.constexpr(shift) for shift, _ in MURMUR)
 
 
-def update_on_gpu(
-    weights: Tensor,
-    gradients: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    compensation: Tensor | None,
-    update: Update,
+def encode_on_gpu(values: Tensor, format: Format, random: Tensor | None, out: Tensor) -> Tensor:
+    """`formats.encode` as one kernel."""
+    flat, bits = values.reshape(-1), None if random is None else random.reshape(-1)
+    if len(flat):
+        arguments = [flat, flat if bits is None else bits, out.view(torch.int16), len(flat)]
+        constants = {"FORMAT": numbers_of(format), "IS_STOCHASTIC": bits is not None, "BLOCK": BLOCK}
+        encode_kernel[(triton.cdiv(len(flat), BLOCK),)](*arguments, **constants, **OPTIONS)
+    return out
+
+
+def decode_on_gpu(codes: Tensor, format: Format, out: Tensor, scale: float) -> Tensor:
+    """`formats.decode` as one kernel."""
+    flat = codes.reshape(-1)
+    if len(flat):
+        arguments = [flat.view(torch.int16), out, len(flat), scale]
+        constants = {"FORMAT": numbers_of(format), "BLOCK": BLOCK}
+        decode_kernel[(triton.cdiv(len(flat), BLOCK),)](*arguments, **constants, **OPTIONS)
+    return out
+
+
+def accumulate_on_gpu(
+    codes: Tensor, gradient: Tensor, factor: Tensor, finite: Tensor, format: Format, unit: float, noise: Noise | None
 ) -> None:
-    """`update_on_cpu` as one kernel, with the same arguments."""
-    n = len(weights)
-    if n == 0:  # the shard of a rank beyond the last parameter
-        return
-    arguments, constants = launch_arguments(weights, gradients, means, variances, compensation, update)
-    adam_kernel[(triton.cdiv(n, BLOCK),)](*arguments, **constants, **OPTIONS)
+    """`accumulation.accumulate` as one kernel, of one-dimensional tensors."""
+    if len(codes):
+        arguments, constants = accumulate_arguments(codes, gradient, factor, finite, format, unit, noise)
+        accumulate_kernel[(triton.cdiv(len(codes), BLOCK),)](*arguments, **constants, **OPTIONS)
 
 
-def launch_arguments(
-    weights: Tensor,
-    gradients: Tensor,
-    means: Tensor,
-    variances: Tensor,
-    compensation: Tensor | None,
-    update: Update,
+def accumulate_arguments(
+    codes: Tensor, gradient: Tensor, factor: Tensor, finite: Tensor, format: Format, unit: float, noise: Noise | None
 ) -> tuple[list[Any], dict[str, Any]]:
     """What the kernel takes, and its constants."""
-    in_16_bit = weights.dtype != torch.float32
-    tensors = [weights, gradients, means, variances, weights if compensation is None else compensation]
-    # The kernel reads 16 bits that are no numbers of its own as int16.
-    codes = [t if t.dtype == torch.float32 or t is gradients else t.view(torch.int16) for t in tensors]
-    start = signed(counter_start(update.position, update.seed, update.step))
-    numbers = [update.beta1, 1 - update.beta1, update.beta2, 1 - update.beta2]
-    numbers += [update.rate, update.eps, update.decay, update.variance_limit]
-    constants = {
-        "WEIGHT": _numbers(FORMATS[weights.dtype]) if in_16_bit else None,
-        "MEAN": _numbers(ADAM_MEAN) if means.dtype == torch.uint16 else None,
-        "VARIANCE": _numbers(ADAM_VARIANCE) if variances.dtype == torch.uint16 else None,
-        "ROUNDING": ROUNDINGS[update.rounding],
-        "BLOCK": BLOCK,
-    }
-    return [*codes, len(weights), start, *numbers], constants
+    start = 0 if noise is None else signed(counter_start(0, noise.seed, noise.step))
+    arguments = [codes.view(torch.int16), gradient, factor, finite.view(torch.uint8), len(codes), start, unit, 1 / unit]
+    constants = {"FORMAT": numbers_of(format), "IS_STOCHASTIC": noise is not None, "BLOCK": BLOCK}
+    return arguments, constants
 
 
-def _numbers(format: Format) -> tuple[int, ...]:
+def numbers_of(format: Format) -> tuple[int, ...]:
+    """The constexpr tuple of a format."""
     bits = format.sign_bits, format.exponent_bits, format.significand_bits
     return *bits, format.bias, format.limit_code, format.nan_code
+
+
+@triton.jit
+def encode_kernel(p_value, p_random, p_code, n, FORMAT: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    b_random = tl.load(p_random + o, mask=m, other=0) if IS_STOCHASTIC else 0
+    b_code = encode(tl.load(p_value + o, mask=m, other=0.0), b_random, FORMAT, IS_STOCHASTIC)
+    tl.store(p_code + o, b_code.to(tl.int16), mask=m)
+
+
+@triton.jit
+def decode_kernel(p_code, p_value, n, scale, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    b_value = decode(tl.load(p_code + o, mask=m, other=0).to(tl.int32), FORMAT)
+    tl.store(p_value + o, b_value * scale, mask=m)
+
+
+@triton.jit(do_not_specialize=["start"])
+def accumulate_kernel(
+    p_code,
+    p_gradient,
+    p_factor,
+    p_finite,
+    n,
+    start,
+    unit,
+    per_unit,
+    FORMAT: tl.constexpr,
+    IS_STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # Where the gradient is not finite nothing is written.
+    m = (o < n) & (tl.load(p_finite) != 0)
+    b_sum = decode(tl.load(p_code + o, mask=m, other=0).to(tl.int32), FORMAT) * per_unit
+    b_sum += tl.load(p_gradient + o, mask=m, other=0.0).to(tl.float32) * tl.load(p_factor)
+    b_random = counter_bits(o, start) if IS_STOCHASTIC else 0
+    tl.store(p_code + o, encode(b_sum * unit, b_random, FORMAT, IS_STOCHASTIC).to(tl.int16), mask=m)
 
 
 @triton.jit
@@ -150,69 +176,3 @@ def counter_bits(o_element, start):
     b_bits = b_bits * FACTOR_2
     b_bits = b_bits ^ (b_bits >> SHIFT_3)
     return b_bits.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _load(p, o_element, m_element, FORMAT: tl.constexpr):
-    b = tl.load(p + o_element, mask=m_element, other=0)
-    if FORMAT is None:
-        return b.to(tl.float32)
-    else:
-        return decode(b.to(tl.int32), FORMAT)
-
-
-@triton.jit
-def _store(p, o_element, m_element, b_value, FORMAT: tl.constexpr):
-    if FORMAT is None:
-        tl.store(p + o_element, b_value, mask=m_element)
-    else:
-        tl.store(p + o_element, encode(b_value, 0, FORMAT, False).to(tl.int16), mask=m_element)
-
-
-@triton.jit(do_not_specialize=["start"])
-def adam_kernel(
-    p_weight,
-    p_gradient,
-    p_mean,
-    p_variance,
-    p_rest,
-    n,
-    start,
-    beta1,
-    new1,
-    beta2,
-    new2,
-    rate,
-    eps,
-    decay,
-    variance_limit,
-    WEIGHT: tl.constexpr,
-    MEAN: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of the update; `new1` and `new2` are what the betas leave of 1. A format of None is float32."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
-    b_gradient = tl.load(p_gradient + o, mask=m, other=0.0).to(tl.float32)
-    b_mean = _load(p_mean, o, m, MEAN) * beta1 + b_gradient * new1
-    b_variance = _load(p_variance, o, m, VARIANCE) * beta2 + b_gradient * b_gradient * new2
-    # NaN stays NaN: the comparison is false for it.
-    b_variance = tl.where(b_variance > variance_limit, variance_limit, b_variance)
-    _store(p_mean, o, m, b_mean, MEAN)
-    _store(p_variance, o, m, b_variance, VARIANCE)
-    b_weight = _load(p_weight, o, m, WEIGHT)
-    b_change = tl.div_rn(b_mean, tl.sqrt_rn(b_variance) + eps) * rate + b_weight * decay
-    if WEIGHT is None:
-        tl.store(p_weight + o, b_weight - b_change, mask=m)
-    elif ROUNDING == KAHAN:
-        b_change = _load(p_rest, o, m, WEIGHT) - b_change
-        b_code = encode(b_weight + b_change, 0, WEIGHT, False)
-        tl.store(p_weight + o, b_code.to(tl.int16), mask=m)
-        _store(p_rest, o, m, b_change - (decode(b_code, WEIGHT) - b_weight), WEIGHT)
-    elif ROUNDING == STOCHASTIC:
-        b_code = encode(b_weight - b_change, counter_bits(o, start), WEIGHT, True)
-        tl.store(p_weight + o, b_code.to(tl.int16), mask=m)
-    else:
-        _store(p_weight, o, m, b_weight - b_change, WEIGHT)

@@ -2,12 +2,18 @@
 (Appendix D)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from dalle_kernels.compression.formats import decode, encode
-from dalle_kernels.compression.wire import CODED
+from dalle_kernels.compression.accumulation import Noise, accumulate
+from dalle_kernels.compression.formats import CODED, decode, encode
+
+# Unscaled gradients are kept times this: up to 16,000, where the format's own limit is 16, and down to 2**-57. What
+# exceeds the limit would be infinite at every update, and no gradient scale could help.
+UNIT = 2.0**-10
 
 
 class ErrorBuffer(Protocol):
@@ -17,6 +23,12 @@ class ErrorBuffer(Protocol):
         """All [n, ...] or one [...], in at least 32 bits. What is done to it in place holds once it is stored."""
 
     def store(self, values: Tensor, index: int | None = None) -> None: ...
+
+    def add(self, index: int, gradient: Tensor, factor: Tensor, finite: Tensor, noise: Noise | None) -> None:
+        """Adds factor * gradient to one, if it is finite; formats of 16 bits round stochastically with `noise`."""
+
+    def zero_(self) -> None:
+        """Makes all entries 0, without computing with them."""
 
     @property
     def nbytes(self) -> int: ...
@@ -35,6 +47,17 @@ class FullErrors:
         mine = self.load(index)
         if values.data_ptr() != mine.data_ptr():
             mine.copy_(values)
+
+    def add(self, index: int, gradient: Tensor, factor: Tensor, finite: Tensor, noise: Noise | None) -> None:
+        new = gradient.to(self.values.dtype) * factor
+        if not finite.is_cpu:  # there to ask would be to wait
+            new = torch.where(finite, new, 0)
+        elif not finite:
+            return
+        self.values[index] += new
+
+    def zero_(self) -> None:
+        self.values.zero_()
 
     @property
     def nbytes(self) -> int:
@@ -60,14 +83,18 @@ class CodedErrors:
         values = values.float()
         encode(values if self.unit == 1 else values * self.unit, CODED, out=codes)
 
+    def add(self, index: int, gradient: Tensor, factor: Tensor, finite: Tensor, noise: Noise | None) -> None:
+        accumulate(self.codes[index], gradient, factor, finite, CODED, self.unit, noise)
+
+    def zero_(self) -> None:
+        self.codes.zero_()
+
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes
 
 
-def zero(buffer: ErrorBuffer) -> None:
-    """Makes all entries 0, without computing with them."""
-    (buffer.codes if isinstance(buffer, CodedErrors) else buffer.load()).zero_()
-
-
-ERROR_BUFFERS: dict[str, Callable[[Tensor], ErrorBuffer]] = {"full": FullErrors, "1-6-9": CodedErrors}
+ERROR_BUFFERS: dict[str, Callable[[Tensor], ErrorBuffer]] = {
+    "full": FullErrors,
+    "1-6-9": partial(CodedErrors, unit=UNIT),
+}

@@ -8,6 +8,7 @@ The idea behind both directions: shifted to float32's place, a code of a smaller
 by one power of two, the same for all codes, subnormal ones included; so one exact product converts.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,7 +128,7 @@ def encode(
     With `random` a value between two codes becomes the upper one with the probability that makes it right on average:
     a generator, or int32 of the shape of `values`, of which the lowest `format.shift` bits are used (below the smallest
     normal value that probability is itself rounded, to that many bits). `out` takes the codes; `scratch` is a pair of
-    float32 tensors of the same shape to work in, allocated where it is not given.
+    float32 tensors of the same shape to work in. On a CPU many values without it are encoded a chunk at a time.
     """
     if values.dtype != torch.float32:
         raise ValueError(f"values of {values.dtype} must be float32")
@@ -136,6 +137,12 @@ def encode(
             2**format.shift, values.shape, generator=random, dtype=torch.int32, device=random.device
         ).to(values.device)
     out = torch.empty(values.shape, dtype=torch.uint16, device=values.device) if out is None else out
+    if values.is_cuda and format.specials == "ieee":
+        from dalle_kernels.compression.codec_kernels import encode_on_gpu
+
+        return encode_on_gpu(values, format, random, out)
+    if scratch is None and values.numel() > CHUNK:
+        return _encode_in_chunks(values, format, random, out)
     work, other = scratch or (torch.empty_like(values), torch.empty_like(values))
     torch.clamp(values, min=-format.limit if format.sign_bits else 0.0, max=format.limit, out=work)
     if random is not None:
@@ -157,6 +164,10 @@ def encode(
 def decode(codes: Tensor, format: Format, *, out: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """The float32 values of codes (uint16), exactly; with `scale`, times that number, rounded once; in `out`."""
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device) if out is None else out
+    if codes.is_cuda and format.specials == "ieee":
+        from dalle_kernels.compression.codec_kernels import decode_on_gpu
+
+        return decode_on_gpu(codes, format, out, scale)
     line = out.view(torch.int32)
     if format.sign_bits and format.bits == 16:
         line.copy_(codes.view(torch.int16)).bitwise_left_shift_(format.shift)  # the sign fills all bits above
@@ -210,6 +221,18 @@ def _mix(word: int) -> int:
 def signed(word: int) -> int:
     """The int32 of the same bits."""
     return word - 2**32 if word >= 2**31 else word
+
+
+def _encode_in_chunks(values: Tensor, format: Format, random: Tensor | None, out: Tensor) -> Tensor:
+    scratch = torch.empty(2, CHUNK)
+    flat, codes = values.reshape(-1), out.view(-1)
+    bits = None if random is None else random.reshape(-1)
+    for start in range(0, len(flat), CHUNK):
+        part = slice(start, start + CHUNK)
+        n = len(flat[part])
+        some = None if bits is None else bits[part]
+        encode(flat[part], format, random=some, out=codes[part], scratch=(scratch[0, :n], scratch[1, :n]))
+    return out
 
 
 def _round_by_addition(work: Tensor, format: Format, other: Tensor) -> Tensor:
@@ -284,6 +307,8 @@ def _float32_bits(value: float) -> int:
     return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
+# Values worked on at a time on a CPU: what they take stays in the cache.
+CHUNK = 2**17
 WEYL = 0x9E3779B9
 # Shifts and factors of MurmurHash3's finaliser.
 MURMUR = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))
@@ -304,6 +329,8 @@ FORMATS = {
 # the smallest normal value is 2**-58: float16's smallest gradient, 2**-24, over the largest gradient scale, 2**34.
 ADAM_MEAN = Format(sign_bits=1, exponent_bits=6, significand_bits=9, bias=59)
 ERROR_BUFFER = ADAM_MEAN
+# The same for what is averaged: what does not fit is infinite, so that it is noticed (Appendix E.2, step 10).
+CODED = dataclasses.replace(ERROR_BUFFER, saturates=False)
 # Nothing is said of 0-6-10's bias, only that the variance is clipped at 5. Bias 60 is the one that reaches lowest and
 # still holds 5 (the largest value is just under 8): the root of the smallest value, 2**-69, is 1/200 of Adam's epsilon.
 ADAM_VARIANCE = Format(sign_bits=0, exponent_bits=6, significand_bits=10, bias=60)

@@ -12,7 +12,8 @@ have been applied, as it is without compression. A matrix whose P or Q is not fi
 finite itself: then, and only then, it is zeroed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +21,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_kernels.compression.accumulation import noise_of
 from dalle_kernels.compression.base import (
     BlockOf,
     Gradients,
     Reduction,
+    as_factor,
     reduce_in_one_call,
     resblock_of,
     split,
+    wide,
 )
 from dalle_kernels.compression.factors import Batch, PowerSGDOptions
-from dalle_kernels.compression.wire import Group, Traffic, start_average
+from dalle_kernels.compression.wire import Average, Group, Traffic
 
 
 class PowerSGD:
     """The compressor. Resblocks are sent as the backward pass finishes them, and their Q follows with the next one."""
+
+    keeps_errors = True
 
     def __init__(self, options: PowerSGDOptions, *, block_of: BlockOf = resblock_of) -> None:
         self.options, self.block_of = options, block_of
@@ -43,7 +49,7 @@ class PowerSGD:
         self._batches: dict[str, list[Batch]] = {}
         self._places: dict[str, tuple[Batch, int]] = {}
         self._whole: dict[str, Tensor] = {}
-        self._loaded: dict[str, dict[str, Tensor]] = {}
+        self._n_added: Counter[str] = Counter()
         self._update = _Update()
 
     @property
@@ -58,7 +64,7 @@ class PowerSGD:
             raise ValueError(f"gradients of {', '.join(sorted(missing))} stayed away; every update must have the same")
         blocks, whole = split({name: tensor for name, tensor in like.items() if name not in known}, self.block_of)
         for name in whole:
-            self._whole[name] = torch.zeros_like(like[name], dtype=_wide(like[name]))
+            self._whole[name] = torch.zeros_like(like[name], dtype=wide(like[name]))
         for block, names in blocks.items():
             self.blocks[block] = names
             shapes: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
@@ -72,22 +78,25 @@ class PowerSGD:
         return reduce_in_one_call(self, gradients, group)
 
     @torch.no_grad()
-    def add(self, gradients: Gradients) -> None:
+    def add(self, gradients: Gradients, factor: Tensor | float = 1.0) -> None:
         """A gradient that is not finite is left out of its error buffer, and remembered until the update ends."""
+        self._update.advance()
         for name, gradient in gradients.items():
+            scalar = as_factor(factor, gradient)
             if name in self._whole:
-                self._whole[name] += gradient
-            else:
-                batch, index = self._places[name]
-                batch.add(index, gradient)
+                self._whole[name] += gradient.to(self._whole[name].dtype) * scalar
+                continue
+            batch, index = self._places[name]
+            batch.add(index, gradient, scalar, noise_of(name, self.n_updates, self._n_added[name]))
+            self._n_added[name] += 1
 
     @torch.no_grad()
     def send(self, block: str, group: Group) -> None:
         """Sends P. Meanwhile the P of the resblock before has arrived: its Q is made, and sent."""
         batches = self._batches[block]
-        wait = self._send([batch.make_p(self.n_updates) for batch in batches], group, self.options.p_scale)
-        self._advance(group)
-        self._update.waiting_for_p = (batches, wait)
+        average = self._send([batch.make_p(self.n_updates) for batch in batches], group, self.options.p_scale)
+        self._answer(group)
+        self._update.p = batches, average
         self._update.sent.add(block)
 
     @torch.no_grad()
@@ -95,20 +104,22 @@ class PowerSGD:
         for block in self._batches:
             if block not in self._update.sent:
                 self.send(block, group)
-        self._advance(group)
+        self._answer(group)
         update, self._update = self._update, _Update()
         self.n_updates += 1
-        batches = [batch for members, _ in update.waiting_for_q for batch in members]
-        wait_whole = self._send_whole([batch.local_flags() for batch in batches], group)
-        for members, wait in update.waiting_for_q:
-            for batch, q in zip(members, wait(), strict=True):
+        self._n_added.clear()
+        batches = [batch for members, _ in update.q for batch in members]
+        whole_average = self._send_whole([batch.local_flags() for batch in batches], group)
+        update.advance()
+        for members, average in update.q:
+            for batch, q in zip(members, average.wait(), strict=True):
                 batch.take_q(q)
-        *averages, flags = wait_whole()
-        squares = [average.square().sum() for average in averages] + [batch.squared_norm() for batch in batches]
+        *means, flags = whole_average.wait()
+        squares = [mean.square().sum() for mean in means] + [batch.squared_norm() for batch in batches]
         nonfinite = torch.cat([flags.new_zeros(0).bool(), *(~batch.factors_finite for batch in batches)]) | (flags > 0)
         total = torch.stack(squares).sum()
-        for whole, average in zip(self._whole.values(), averages, strict=True):
-            whole.copy_(average)
+        for whole, mean in zip(self._whole.values(), means, strict=True):
+            whole.copy_(mean)
         names = tuple(name for batch in batches for name in batch.names)
         return Reduction(torch.where(total.isfinite() & ~nonfinite.any(), total, torch.inf), nonfinite, names)
 
@@ -135,9 +146,9 @@ class PowerSGD:
         machine's errors become that mean here too, as they will in a run that resumes: so a run that goes on and one
         that resumes on as many machines are the same bit for bit.
         """
-        assert not self._update.waiting_for_q, "an update is under way"
-        errors: dict[str, Tensor] = dict(self._loaded.get("errors", {}))
-        starts: dict[str, Tensor] = dict(self._loaded.get("starts", {}))
+        assert not self._update.q, "an update is under way"
+        errors: dict[str, Tensor] = {}
+        starts: dict[str, Tensor] = {}
         n = dist.get_world_size(group)
         for batch in (batch for batches in self._batches.values() for batch in batches):
             mean = batch.errors.load().clone()
@@ -146,62 +157,61 @@ class PowerSGD:
             # As it is kept, so that a second state is the first.
             errors |= dict(zip(batch.names, batch.errors.load().cpu().clone(), strict=True))
             if self.options.start == "warm":
-                starts |= dict(zip(batch.names, batch.start.cpu().clone(), strict=True))
+                starts |= dict(zip(batch.names, batch.start.load().cpu().clone(), strict=True))
         return {"n_updates": self.n_updates, "errors": errors, "starts": starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state; error buffers are filled from it when their matrices are declared, or here if they are."""
-        missing = {"n_updates", "errors", "starts"} - set(state)
+        """A state without "starts" leaves a warm Q to begin anew."""
+        missing = {"n_updates", "errors"} - set(state)
         if missing:
             raise ValueError(f"state without {', '.join(sorted(missing))} is not of a run with PowerSGD")
         self.n_updates = state["n_updates"]
-        self._loaded = {"errors": dict(state["errors"]), "starts": dict(state["starts"])}
         for batch in (batch for batches in self._batches.values() for batch in batches):
-            batch.take_state(self._loaded)
+            batch.take_state(state["errors"], state.get("starts", {}))
 
     def _make_batch(self, names: list[str], like: Tensor) -> Batch:
-        zeros = torch.zeros((len(names), *like.shape), dtype=_wide(like), device=like.device)
-        batch = Batch(tuple(names), zeros, self.options)
-        if self._loaded:
-            batch.take_state(self._loaded)
-        return batch
+        zeros = torch.zeros((len(names), *like.shape), dtype=wide(like), device=like.device)
+        return Batch(tuple(names), zeros, self.options)
 
-    def _send(self, factors: list[Tensor], group: Group, scale: float) -> Callable[[], list[Tensor]]:
-        n_bytes, wait = start_average(factors, group, self.options.wire, scale)
-        self.traffic.matrix_bytes += n_bytes
+    def _send(self, factors: list[Tensor], group: Group, scale: float) -> Average:
+        average = Average(factors, group, self.options.wire, scale)
+        self._update.under_way.append(average)
+        self.traffic.matrix_bytes += average.n_bytes
         self.traffic.n_calls += 1
-        return wait
+        return average
 
-    def _send_whole(self, flags: list[Tensor], group: Group) -> Callable[[], list[Tensor]]:
+    def _send_whole(self, flags: list[Tensor], group: Group) -> Average:
         """The 32-bit average of what is not compressed, with a flag a matrix: something was not finite somewhere."""
         tensors = list(self._whole.values())
         flag = torch.cat(flags) if flags else tensors[0].new_zeros(0)
         dtype = torch.promote_types(tensors[0].dtype, flag.dtype) if tensors else flag.dtype
-        n_bytes, wait = start_average([tensor.to(dtype) for tensor in (*tensors, flag)], group)
-        self.traffic.whole_bytes += n_bytes
+        average = Average([tensor.to(dtype) for tensor in (*tensors, flag)], group)
+        self.traffic.whole_bytes += average.n_bytes
         self.traffic.n_calls += 1
-        return wait
+        return average
 
-    def _advance(self, group: Group) -> None:
+    def _answer(self, group: Group) -> None:
         """From P to Q for the resblock whose P is on its way."""
-        if self._update.waiting_for_p is None:
+        if self._update.p is None:
             return
-        members, wait = self._update.waiting_for_p
-        self._update.waiting_for_p = None
-        for batch, p in zip(members, wait(), strict=True):
+        (members, average), self._update.p = self._update.p, None
+        for batch, p in zip(members, average.wait(), strict=True):
             batch.take_p(p)
-        wait = self._send([batch.make_q() for batch in members], group, self.options.q_scale)
-        self._update.waiting_for_q.append((members, wait))
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.promote_types(like.dtype, torch.float32)
+        self._update.q.append((members, self._send([batch.make_q() for batch in members], group, self.options.q_scale)))
 
 
 @dataclass
 class _Update:
-    """What an update has under way."""
+    """What an update has under way: the P of the last resblock that was sent, and the Q of those before."""
 
     sent: set[str] = field(default_factory=set)
-    waiting_for_p: tuple[list[Batch], Callable[[], list[Tensor]]] | None = None
-    waiting_for_q: list[tuple[list[Batch], Callable[[], list[Tensor]]]] = field(default_factory=list)
+    p: tuple[list[Batch], Average] | None = None
+    q: list[tuple[list[Batch], Average]] = field(default_factory=list)
+    under_way: list[Average] = field(default_factory=list)
+    """averages that may have a second part to send"""
+
+    def advance(self) -> None:
+        """Has the second parts sent; at the same points on all ranks, which gradients that come in are."""
+        for average in self.under_way:
+            average.advance()
+        self.under_way.clear()

@@ -1,98 +1,126 @@
 """How tensors travel when they are averaged between machines: whole, or in 16 bits (Appendix D, Appendix E.2).
 
-A wire takes one flat tensor, starts its average over a group, and returns what waits for the result. The paper sends
-1-6-9 with a reduction of its own; no library reduces that format, so here every rank receives its part of all tensors,
-averages it in 32 bits and sends it to all: the bytes of a ring all-reduce, with two roundings however many machines.
+The paper sends 1-6-9 with a reduction of its own; no library reduces that format, so here every rank receives its part
+of all tensors, averages it in 32 bits and sends it to all: the bytes of a ring all-reduce, with two roundings however
+many machines. So that such an average has two halves, of which `advance` starts the second.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_kernels.compression.formats import ERROR_BUFFER, decode, encode
+from dalle_kernels.compression.formats import CODED, decode, encode
 
 Group = dist.ProcessGroup | None
-Finish = Callable[[], Tensor]
-
-# What does not fit becomes infinite, so that it is noticed (Appendix E.2, step 10).
-CODED = dataclasses.replace(ERROR_BUFFER, saturates=False)
 
 
 @dataclass
 class Traffic:
-    """Bytes handed to collectives so far: in matrices or their factors, in all that is sent whole, and the calls."""
+    """Bytes of what was averaged so far, as it is sent: matrices or their factors, and all else; and the averages."""
 
     matrix_bytes: int = 0
     whole_bytes: int = 0
     n_calls: int = 0
 
 
-def start_average(
-    tensors: Sequence[Tensor], group: Group, wire: str = "full", scale: float = 1.0
-) -> tuple[int, Callable[[], list[Tensor]]]:
-    """Starts one grouped average of tensors of one dtype -> its bytes, and what waits for the averages.
+class Average:
+    """An average of tensors of one dtype over a group, under way from its making on; `n_bytes` are sent for it.
 
     The tensors are sent times `scale` and come back divided by it, in their own dtype, unchanged if not finite.
     """
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    n_bytes, finish = WIRES[wire](flat if scale == 1.0 else flat.mul_(scale), group)
 
-    def wait() -> list[Tensor]:
-        average = finish() if scale == 1.0 else finish().div_(scale)
-        parts = torch.split(average, [tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    def __init__(self, tensors: Sequence[Tensor], group: Group, wire: str = "full", scale: float = 1.0) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._shapes, self._scale = [tensor.shape for tensor in tensors], scale
+        self._sending = WIRES[wire](flat if scale == 1.0 else flat.mul_(scale), group)
+        self.n_bytes = self._sending.n_bytes
 
-    return n_bytes, wait
+    def advance(self) -> None:
+        """Starts what is still to be sent when the first part has arrived; every rank at the same point."""
+        self._sending.advance()
 
-
-def _send_full(flat: Tensor, group: Group) -> tuple[int, Finish]:
-    return _send_cast(flat, group, flat.dtype)
-
-
-def _send_cast(flat: Tensor, group: Group, dtype: torch.dtype) -> tuple[int, Finish]:
-    payload = flat.to(dtype)
-    work = dist.all_reduce(payload, group=group, async_op=True)
-
-    def finish() -> Tensor:
-        work.wait()
-        return payload.to(flat.dtype).div_(dist.get_world_size(group))
-
-    return payload.nbytes, finish
+    def wait(self) -> list[Tensor]:
+        """The averages, of the tensors' shapes."""
+        average = self._sending.wait()
+        parts = torch.split(
+            average if self._scale == 1.0 else average.div_(self._scale), [s.numel() for s in self._shapes]
+        )
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
-def _send_coded(flat: Tensor, group: Group) -> tuple[int, Finish]:
-    n = dist.get_world_size(group)
-    padded = torch.nn.functional.pad(flat.float(), (0, -len(flat) % n))
-    codes = encode(padded, CODED)
-    parts = torch.empty_like(codes)
-    # As bytes: gloo and NCCL know no uint16.
-    work = dist.all_to_all_single(parts.view(torch.uint8), codes.view(torch.uint8), group=group, async_op=True)
+class Sending(Protocol):
+    """A flat tensor on its way."""
 
-    def finish() -> Tensor:
-        work.wait()
-        mean = decode(parts, CODED).view(n, -1).mean(0)
-        dist.all_gather_into_tensor(codes.view(torch.uint8), encode(mean, CODED).view(torch.uint8), group=group)
-        return decode(codes, CODED)[: len(flat)].to(flat.dtype)
+    n_bytes: int
 
-    return codes.nbytes, finish
+    def advance(self) -> None: ...
+    def wait(self) -> Tensor: ...
 
 
-def _send_float16(flat: Tensor, group: Group) -> tuple[int, Finish]:
-    return _send_cast(flat, group, torch.float16)
+class _Summed:
+    """By the backend's all-reduce, in a dtype that it knows: that of the tensor where None is named."""
+
+    def __init__(self, flat: Tensor, group: Group, dtype: torch.dtype | None = None) -> None:
+        self._payload, self._dtype, self._n = flat.to(dtype or flat.dtype), flat.dtype, dist.get_world_size(group)
+        self._work: Any = dist.all_reduce(self._payload, group=group, async_op=True)
+        self.n_bytes = self._payload.nbytes
+
+    def advance(self) -> None:
+        """It has one part."""
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._payload.to(self._dtype).div_(self._n)
 
 
-def _send_bfloat16(flat: Tensor, group: Group) -> tuple[int, Finish]:
-    return _send_cast(flat, group, torch.bfloat16)
+class _Coded:
+    """In 1-6-9."""
+
+    def __init__(self, flat: Tensor, group: Group) -> None:
+        self._group, self._n, self._like = group, dist.get_world_size(group), flat
+        missing = -len(flat) % self._n
+        padded = torch.nn.functional.pad(flat.float(), (0, missing)) if missing else flat.float()
+        self._codes = encode(padded, CODED)
+        self._parts = torch.empty_like(self._codes)
+        # As bytes: gloo and NCCL know no uint16.
+        self._work: Any = dist.all_to_all_single(_bytes(self._parts), _bytes(self._codes), group=group, async_op=True)
+        self._is_second = False
+        self.n_bytes = self._codes.nbytes
+
+    def advance(self) -> None:
+        if self._is_second:
+            return
+        self._is_second = True
+        self._work.wait()
+        self._mean = encode(decode(self._parts, CODED).view(self._n, -1).mean(0), CODED)
+        self._work = dist.all_gather_into_tensor(
+            _bytes(self._codes), _bytes(self._mean), group=self._group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        self.advance()
+        self._work.wait()
+        return decode(self._codes, CODED)[: len(self._like)].to(self._like.dtype)
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8)
+
+
+def largest(wire: str, dtype: torch.dtype) -> float:
+    """The largest finite number that travels of tensors of that dtype."""
+    return {"1-6-9": CODED.largest, "full": torch.finfo(dtype).max}.get(wire) or torch.finfo(getattr(torch, wire)).max
 
 
 # "full" is at least 32 bits: float32, or float64 where gradients are.
-WIRES: dict[str, Callable[[Tensor, Group], tuple[int, Finish]]] = {
-    "full": _send_full,
-    "float16": _send_float16,
-    "bfloat16": _send_bfloat16,
-    "1-6-9": _send_coded,
+WIRES: dict[str, Callable[[Tensor, Group], Sending]] = {
+    "full": _Summed,
+    "float16": partial(_Summed, dtype=torch.float16),
+    "bfloat16": partial(_Summed, dtype=torch.bfloat16),
+    "1-6-9": _Coded,
 }
