@@ -4,6 +4,7 @@ import collections
 import errno
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -69,7 +70,7 @@ def test_a_full_disk_is_full_until_it_is_cleared(tmp_path):
 def test_an_onlooker_sees_how_far_an_attempt_is_and_not_what_earlier_ones_left(tmp_path):
     save(tmp_path, 1)
     MetricsLog(tmp_path / "metrics.jsonl").write(2, "train", {"loss": 1.0})
-    begin(tmp_path, 2)
+    os.utime(begin(tmp_path, 2), (1, 1))  # left long ago
     run = RunFolder(tmp_path)
     assert (run.start, run.newest(), run.saving(), run.last_step(), run.is_under_way()) == (1, 1, 0, 1, False)
     log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=1)

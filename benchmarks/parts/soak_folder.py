@@ -84,12 +84,15 @@ class RunFolder:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from a later one of the same name."""
+    """What tells a file or folder that nobody writes to any more from a later one of the same name.
+
+    Its number alone does not: a file system may give it to the next one as soon as it is free.
+    """
     try:
         found = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_ino, found.st_mtime_ns
 
 
 def differences(ours: Path, theirs: Path, names: Mapping[str, Any]) -> list[str]:

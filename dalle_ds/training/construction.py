@@ -21,6 +21,9 @@ from dalle_ds.training.sections import SHARDED_WEIGHTS, Sections, sixteen_bit_dt
 from dalle_kernels.compression.zero_hook import Machines, equalize_replicas, find_machines, shard_shape
 
 
+DEFAULT_SUB_GROUP = 10**9  # DeepSpeed's
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """What a model is to be built in: the dtype in which matrices of resblocks are stored, and computed with."""
@@ -165,7 +168,7 @@ def _make_extras(
             between=alone if machines is None else machines.replica_group,
             inside=dist.group.WORLD if machines is None else machines.shard_group,
         )
-        divisor = n_shards if options is None else options.divisor or n_shards
+        divisor = n_shards if options is None else options.divisor_of(n_shards)
         plan: Any = Stage3Plan(
             path=path,
             names=names,
@@ -173,7 +176,7 @@ def _make_extras(
             divisor=divisor,
             factor=factor * divisor / n_shards,
         )
-        return Extras(scaling, unscaling, path, machines), plan
+        return Extras(scaling, n_resblocks, unscaling, path, machines), plan
     from dalle_ds.training.lower_stages import WholePlan
 
     averaging = None
@@ -183,7 +186,7 @@ def _make_extras(
         averaging = GradientPath(shares, unscaling, compressor, device, between=dist.group.WORLD, inside=None)
     of_parameters = {parameter: resblocks[name] for parameter, name in names.items()}
     plan = WholePlan(unscaling=unscaling, path=averaging, names=names, resblocks=of_parameters, factor=factor)
-    return Extras(scaling, unscaling, averaging), plan
+    return Extras(scaling, n_resblocks, unscaling, averaging), plan
 
 
 def _shard_shape(name: str, parameter: Any, resblock: int | None, n_shards: int, sections: Sections) -> tuple[int, ...]:
@@ -213,6 +216,7 @@ def _initialize(
     if plan is not None and stage == SHARDED_WEIGHTS:
         from dalle_ds.training import stage3
 
+        ds_config = _with_whole_groups(ds_config, groups)
         installation = stage3.installed(plan)
     elif plan is not None and stage > 0:
         from dalle_ds.training import lower_stages
@@ -232,6 +236,19 @@ def _initialize(
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
+
+
+def _with_whole_groups(ds_config: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The config with sub-groups that take any parameter group whole: matrices of a resblock are taken together."""
+    largest = max(sum(parameter.partition_numel() for parameter in group["params"]) for group in groups)
+    zero = ds_config["zero_optimization"]
+    size = zero.get("sub_group_size", max(largest, DEFAULT_SUB_GROUP))
+    require(
+        size >= largest,
+        f"zero_optimization.sub_group_size {size} would split a resblock, of which a rank holds {largest} elements: "
+        "leave it out",
+    )
+    return {**ds_config, "zero_optimization": {**zero, "sub_group_size": size}}
 
 
 def _n_rows(parameter: Tensor) -> int:

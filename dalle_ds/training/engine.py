@@ -21,6 +21,7 @@ class Extras:
     """What our engines have beyond DeepSpeed's."""
 
     scaling: GradientScales | NoScaling
+    n_resblocks: int = 0
     unscaling: Unscaling | None = None
     """None where DeepSpeed handles gradients alone"""
     path: GradientPath | None = None

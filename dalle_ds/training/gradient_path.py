@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.training.gradient_scales import GradientScales, NoScaling
+from dalle_ds.training.seam import check_received
 from dalle_ds.training.portable import Piece, PieceReader
-from dalle_kernels.compression import Compressor, PowerSGD
-from dalle_kernels.compression.base import at_least_32_bit
+from dalle_kernels.compression import Compressor
 
 Group = dist.ProcessGroup | None
 ERROR = "error"  # kind of piece
-# Name, number of its resblock, gradient, and its scale.
+# Name, number of its resblock, a (part of a) gradient as it comes, and what it is too large by.
 Watch = Callable[[str, int | None, Tensor, Tensor | float], None]
 CLIP_EPSILON = 1e-6  # DeepSpeed's, as torch's, in the quotient of norm and limit
 
@@ -45,18 +45,18 @@ class Unscaling:
         self._nonfinite = torch.zeros(n_resblocks + 1, dtype=torch.int32, device=device)
 
     @torch.no_grad()
-    def look(self, name: str, resblock: int | None, gradient: Tensor) -> Tensor | float:
-        """Remembers whether the gradient is finite; returns its scale."""
+    def look(self, name: str, resblock: int | None, gradient: Tensor, factor: float) -> Tensor | float:
+        """Remembers whether the gradient is finite; returns what it is to be multiplied by: `factor` over its scale."""
         scale: Tensor | float = 1.0
         place = -1
         if resblock is not None and self.scaling.values is not None:
             scale, place = self.scaling.values[resblock], resblock
         if self.watch is not None:
-            self.watch(name, resblock, gradient, scale)
+            self.watch(name, resblock, gradient, scale / factor)
         # One pass that keeps nothing; sums of squares of 16-bit numbers fit float32.
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         self._nonfinite[place] |= ~norm.isfinite()
-        return scale
+        return factor / scale
 
     def agree(self) -> Tensor:
         """Whether any gradient on any rank was not finite, a bool scalar; moves the scales. Every rank must call."""
@@ -86,9 +86,13 @@ class GradientPath:
     ) -> None:
         self.shares, self.unscaling, self.compressor = shares, unscaling, compressor
         self.between, self.inside = between, inside
-        compressor.declare({name: torch.empty(share.shape, device=device) for name, share in shares.items()})
+        nothing = torch.empty((), device=device)  # of any shape, in no memory
+        compressor.declare({name: nothing.expand(share.shape) for name, share in shares.items()})
         self._block_of = {name: block for block, names in compressor.blocks.items() for name in names}
-        self._arrived: dict[str, int] = {}
+        # Gradients of an update that have come by parameter, matrices of resblocks alone: of others a rank may have
+        # nothing.
+        self._received = dict.fromkeys(self._block_of, 0)
+        self._missing: dict[str, set[str]] = {}  # of the last micro-step, by resblock
 
     @torch.no_grad()
     def receive(self, name: str, gradient: Tensor, factor: float, *, last: bool) -> None:
@@ -98,21 +102,25 @@ class GradientPath:
         while the backward pass goes on.
         """
         share = self.shares[name]
-        scale = self.unscaling.look(name, share.resblock, gradient)
-        unscaled = at_least_32_bit(gradient) * (factor / scale)
-        missing = torch.Size(share.shape).numel() - unscaled.numel()  # the padding of a last shard
-        unscaled = torch.nn.functional.pad(unscaled, (0, missing)) if missing else unscaled
-        self.compressor.add({name: unscaled.view(share.shape)})
+        unscale = self.unscaling.look(name, share.resblock, gradient, factor)
+        missing = torch.Size(share.shape).numel() - gradient.numel()  # the padding of a last shard
+        padded = torch.nn.functional.pad(gradient, (0, missing)) if missing else gradient
+        self.compressor.add({name: padded.view(share.shape)}, unscale)
         block = self._block_of.get(name)
-        if last and block is not None:
-            self._arrived[block] = self._arrived.get(block, 0) + 1
-            if self._arrived[block] == len(self.compressor.blocks[block]):
+        if block is None:
+            return
+        self._received[name] += 1
+        if last:
+            missing_here = self._missing.setdefault(block, set(self.compressor.blocks[block]))
+            missing_here.remove(name)
+            if not missing_here:
                 self.compressor.send(block, self.between)
 
     @torch.no_grad()
     def finish(self) -> Tensor:
         """The norm of the whole averaged gradient, infinite where the update must be skipped; moves the scales."""
-        self._arrived = {}
+        check_received(self._received)
+        self._received, self._missing = dict.fromkeys(self._block_of, 0), {}
         reduction = self.compressor.finish(self.between)
         squared_norm = reduction.squared_norm.double()
         if self.inside is not None:
@@ -133,11 +141,11 @@ class GradientPath:
 
     def state_dict(self) -> dict[str, Any]:
         """What compression carries from update to update, but for `pieces`: the same on all ranks."""
-        return {"n_updates": getattr(self.compressor, "n_updates", 0)}
+        return {"n_updates": self.compressor.n_updates}
 
     def pieces(self) -> list[Piece]:
         """Error buffers, as their mean over machines, on the ranks of the first machine; every rank must call."""
-        errors = self.compressor.state_dict(self.between).get("errors", {})
+        errors = self.compressor.state_dict(self.between)["errors"]
         if dist.get_rank(self.between) > 0:
             return []
         return [Piece(name, ERROR, self._begin(error.numel()), error.view(-1)) for name, error in errors.items()]
@@ -147,14 +155,13 @@ class GradientPath:
 
         A run that compressed nothing leaves no errors: then they begin at zero.
         """
-        names = list(self._block_of)
-        if not isinstance(self.compressor, PowerSGD) or not names or ERROR not in pieces.kinds(names[0]):
-            return
         errors = {}
-        for name in names:
-            n = torch.Size(self.shares[name].shape).numel()
-            errors[name] = pieces.read(name, ERROR, self._begin(n), n).view(self.shares[name].shape)
-        self.compressor.load_state_dict({**state, "errors": errors, "starts": {}})
+        for name in self._block_of if self.compressor.keeps_errors else ():
+            shape = torch.Size(self.shares[name].shape)
+            n = shape.numel()
+            is_kept = ERROR in pieces.kinds(name)
+            errors[name] = pieces.read(name, ERROR, self._begin(n), n).view(shape) if is_kept else torch.zeros(shape)
+        self.compressor.load_state_dict({"n_updates": state.get("n_updates", 0), "errors": errors})
 
     def _begin(self, length: int) -> int:
         """Where this rank's shard of so many elements begins in its parameter."""

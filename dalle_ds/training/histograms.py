@@ -2,8 +2,9 @@
 
 A line of histograms.jsonl: {"step", "kind": "gradients", "time", "kinds": {kind: histogram}, "resblocks": [histogram,
 ...]} with histogram = {"first": the lowest exponent there is, "counts": entries of |x| in [2^e, 2^(e+1)) for e = first
-and on, "zeros": ..., "nonfinite": ...}. Entries are what a rank holds before anything is averaged, unscaled, and
-counted over all ranks.
+and on, "zeros": ..., "nonfinite": ...}. Entries are those of a micro-step's part of the gradient as they come to be
+unscaled, without any scale or constant, and counted over all ranks: at stage 3 of the mean over a machine, or all ranks
+where there are no machines; at lower stages of the mean over all ranks, or of each rank where gradients are compressed.
 """
 
 import re
@@ -72,7 +73,7 @@ class GradientHistograms:
         """Counts (a part of) the gradient of parameter `name` of a resblock, which is `scale` times too large."""
         counts = count_exponents(gradient, scale)
         self.counts[list(KINDS).index(parameter_kind(name))] += counts
-        if resblock is not None and len(KINDS) + resblock < len(self.counts):
+        if resblock is not None:
             self.counts[len(KINDS) + resblock] += counts
 
     def write(self, step: int) -> None:

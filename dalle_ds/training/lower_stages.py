@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.training.gradient_path import GradientPath, Unscaling, clip_
+from dalle_ds.training.seam import check, check_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,7 @@ class WholePlan:
 
     @torch.no_grad()
     def unscale_(self, gradient: Tensor, parameter: nn.Parameter) -> None:
-        scale = self.unscaling.look(self.names[parameter], self.resblocks[parameter], gradient)
-        gradient.mul_(self.factor / scale)
+        gradient.mul_(self.unscaling.look(self.names[parameter], self.resblocks[parameter], gradient, self.factor))
 
 
 class UpdateHook:
@@ -56,6 +56,7 @@ class UpdateHook:
         engine.optimizer.overflow = False  # where DeepSpeed looks for it
         engine.optimizer.register_step_pre_hook(self)
         if self.plan.path is not None:
+            check(hasattr(engine, "buffered_allreduce_fallback"), "has no engine.buffered_allreduce_fallback")
             engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: None
 
     @torch.no_grad()
@@ -89,21 +90,24 @@ class ScaledUpdate(zero12.DeepSpeedZeroOptimizer):  # type: ignore[misc]
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1, once an update."""
         if self.plan.path is not None:
+            check(self._norm is None, "did not ask for the norm of the gradients")
             self._norm = self.plan.exchange()
         super().reduce_gradients(pipeline_parallel)
 
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
         if self.plan.path is None:
             super().average_tensor(tensor, communication_data_type)
+        else:
+            check(self._norm is not None, "averages before reduce_gradients")
 
     def scaled_global_norm(self, norm_type: float = 2) -> Tensor:
         if self._norm is not None:
             norm, self._norm = self._norm, None
             return norm
         for i, gradients in self.averaged_gradients.items():
-            # Of a group's parameters the first stands for all: they share a resblock.
-            for gradient in gradients or ():
-                self.plan.unscale_(gradient, self.bit16_groups[i][0])
+            # What is over at the end is padding.
+            for parameter, gradient in zip(self.params_in_partition[i], gradients or (), strict=False):
+                self.plan.unscale_(gradient, parameter)
         norm = super().scaled_global_norm(norm_type)
         return torch.where(self.plan.unscaling.agree(), torch.inf, norm)
 
@@ -113,6 +117,7 @@ def installed(plan: WholePlan) -> Iterator[None]:
     """Inside, `deepspeed.initialize` makes a ScaledUpdate for the plan."""
     from deepspeed.runtime import engine
 
+    check_overrides(ScaledUpdate)
     kept = engine.DeepSpeedZeroOptimizer
 
     def make(*args: Any, **settings: Any) -> ScaledUpdate:

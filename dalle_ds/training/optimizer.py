@@ -102,7 +102,7 @@ class CompactAdamW(torch.optim.Optimizer):
         means, variances = _flatten(state["exp_avg"]), _flatten(state["exp_avg_sq"])
         rest = None if rest is None else _flatten(rest)
         if parameter.is_cuda:
-            from dalle_kernels.compression.codec_kernels import update_on_gpu
+            from dalle_kernels.compression.adam_kernels import update_on_gpu
 
             update_on_gpu(weights, gradients, means, variances, rest, update)
         else:

@@ -13,9 +13,12 @@ import torch
 
 from dalle_ds.config import InputError, require
 from dalle_ds.training.gradient_scales import ScalingOptions
-from dalle_kernels.compression import COMPRESSORS, Compressor, PowerSGDOptions
+from dalle_ds.training.optimizer import CompactAdamW
+from dalle_kernels.compression import COMPRESSORS, Compressor, NoCompressionOptions, Options
 
 STAGES_THAT_COMPRESS = (0, 1, 3)
+# Fields of compressors' options that follow from the rest of the JSON.
+GIVEN = ("n_shards", "buffers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +43,11 @@ class HierarchicalSharding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling(ScalingOptions):
-    """Per-resblock gradient scaling, and what gradients are divided by before they are summed inside a machine.
+class Compression:
+    """Which compressor averages gradients between machines, and its settings (Appendix E)."""
 
-    The sum is in the gradients' own dtype. `divisor` 0 takes the number of ranks that are summed: what does not
-    overflow on one rank then cannot overflow in the sum. Smaller ones lose less at the lower end; histograms of
-    gradients (`--histogram_every`) show what there is room for (Appendix D).
-    """
-
-    divisor: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.divisor >= 0, f"divisor {self.divisor} must not be negative; 0 takes the number of ranks")
+    type: str
+    options: Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +55,9 @@ class Sections:
     """All of them; None where one is not there."""
 
     mixed_precision: MixedPrecision | None = None
-    resblock_gradient_scaling: Scaling | None = None
+    resblock_gradient_scaling: ScalingOptions | None = None
     hierarchical_sharding: HierarchicalSharding | None = None
-    gradient_compression: dict[str, Any] | None = None
+    gradient_compression: Compression | None = None
 
     @property
     def is_any(self) -> bool:
@@ -83,13 +78,8 @@ class Sections:
 
     def make_compressor(self, n_shards: int, ordinal: int, *, buffers: str) -> Compressor:
         """For one shard of `n_shards`; `buffers` is the format in which gradients add up that are not compressed."""
-        options = dict(self.gradient_compression or {"type": "none"})
-        kind = options.pop("type")
-        if kind == "none":
-            return COMPRESSORS[kind](buffers=buffers, **options)
-        # Shards are compressed each for itself (footnote 9), from different Q.
-        seed = options.pop("seed", 0) * n_shards + ordinal
-        return COMPRESSORS[kind](n_shards=n_shards, seed=seed, **options)
+        chosen = self.gradient_compression or Compression(type="none", options=NoCompressionOptions())
+        return COMPRESSORS[chosen.type].make(chosen.options.for_shard(n_shards, ordinal, buffers))
 
 
 def take_sections(config: dict[str, Any], where: str) -> tuple[Sections, dict[str, Any]]:
@@ -103,7 +93,7 @@ def take_sections(config: dict[str, Any], where: str) -> tuple[Sections, dict[st
         if name in config:
             made[name] = _make(kind, config[name], f"{where}: {name}")
     if "gradient_compression" in config:
-        made["gradient_compression"] = _check_compression(
+        made["gradient_compression"] = _make_compression(
             config["gradient_compression"], f"{where}: gradient_compression"
         )
     rest = {name: value for name, value in config.items() if name not in OWN_SECTIONS}
@@ -125,7 +115,7 @@ def _make(kind: Any, values: Any, where: str) -> Any:
     """The section as its dataclass, or None where it says `"enabled": false`."""
     require(isinstance(values, dict), f"{where} must be an object")
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in GIVEN]
     values = dict(values)
     enabled = values.pop("enabled", True)
     require(isinstance(enabled, bool), f"{where}.enabled {enabled!r} must be true or false")
@@ -141,28 +131,18 @@ def _make(kind: Any, values: Any, where: str) -> Any:
         return None
     try:
         return kind(**values)
-    except InputError as error:
+    except ValueError as error:
         raise InputError(f"{where}: {error}") from None
 
 
-def _check_compression(values: Any, where: str) -> dict[str, Any] | None:
+def _make_compression(values: Any, where: str) -> Compression | None:
     require(isinstance(values, dict), f"{where} must be an object")
-    options = dict(values)
-    if not options.pop("enabled", True):
+    if values.get("enabled") is False:
         return None
-    kind = str(options.get("type"))
+    kind, rest = str(values.get("type")), {key: value for key, value in values.items() if key != "type"}
     require(kind in COMPRESSORS, f"{where}.type {kind!r} is unknown; known are {', '.join(COMPRESSORS)}")
-    known = {
-        "powersgd": {field.name for field in dataclasses.fields(PowerSGDOptions)} - {"n_shards"},
-        "none": {"wire", "scale"},
-    }[kind]
-    unknown = sorted(set(options) - known - {"type"})
-    require(not unknown, f"{where}: unknown key {unknown[0] if unknown else ''!r}; known keys are {sorted(known)}")
-    try:
-        COMPRESSORS[kind](**{key: value for key, value in options.items() if key != "type"})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from None
-    return options
+    options = _make(COMPRESSORS[kind].options, rest, where)
+    return Compression(type=kind, options=options)
 
 
 def _check_together(sections: Sections, config: dict[str, Any], where: str) -> None:
@@ -177,6 +157,19 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
         "communication_data_type" not in config,
         f"{where}: communication_data_type has no place here: gradients travel in the dtype of their parameter",
     )
+    for name in ("gradient_predivide_factor", "prescale_gradients"):
+        is_off = config.get(name) in (None, False, 1)
+        require(is_off, f"{where}: {name} does not go with our own sections: leave it out")
+    for name in ("zero_quantized_gradients", "zero_quantized_weights"):
+        require(
+            not zero.get(name), f"{where}: zero_optimization.{name} does not go with our own sections: leave it out"
+        )
+    accumulated = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    require(
+        stage == SHARDED_WEIGHTS or accumulated == "fp32",
+        f"{where}: data_types.grad_accum_dtype {accumulated!r}: at stage {stage} our own sections add gradients up in "
+        "fp32: leave it out",
+    )
     for name in ("offload_optimizer", "offload_param"):
         is_off = zero.get(name, {}).get("device", "none") == "none"
         require(is_off, f"{where}: zero_optimization.{name} does not go with our own sections: leave one of them out")
@@ -186,6 +179,10 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             loss_scale == 1,
             f"{where}: fp16.loss_scale {loss_scale!r} must be 1 beside resblock_gradient_scaling: one scales, not both",
         )
+    require(
+        scaling is None or stage == SHARDED_WEIGHTS or not scaling.divisor,
+        f"{where}: resblock_gradient_scaling.divisor is for stage 3, below which gradients are summed in float32",
+    )
     if stage < SHARDED_WEIGHTS and dtype == torch.float16 and sections.is_any:
         require(
             scaling is not None,
@@ -200,7 +197,7 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             stage == SHARDED_WEIGHTS, f"{where}: mixed_precision.master_weights false needs zero_optimization.stage 3"
         )
         require(
-            optimizer == "CompactAdamW" or dtype == torch.float32,
+            optimizer == CompactAdamW.__name__ or dtype == torch.float32,
             f"{where}: mixed_precision.master_weights false needs optimizer.type CompactAdamW, which rounds weights",
         )
     if compression is not None:
@@ -214,22 +211,25 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             f"{where}: gradient_compression works between machines: add hierarchical_sharding with its machine_size, "
             "or use stage 0 or 1",
         )
-        rank, size = compression.get("matrix_rank", 0), sections.machine_size or 1
-        require(
-            rank % size == 0,
-            f"{where}: gradient_compression.matrix_rank {rank} must be a multiple of machine_size {size}",
-        )
+        try:
+            compression.options.for_shard(sections.machine_size or 1, 0, "full")
+        except ValueError as error:
+            raise InputError(f"{where}: gradient_compression, in shards of {sections.machine_size}: {error}") from None
         require(
             stage == SHARDED_WEIGHTS or dtype == torch.float32 or sections.is_mixed,
             f"{where}: gradient_compression at stage {stage} in 16 bits needs the section mixed_precision",
         )
+        require(
+            stage == SHARDED_WEIGHTS or not zero.get("overlap_comm"),
+            f"{where}: zero_optimization.overlap_comm copies gradients before they are compressed: set it to false",
+        )
 
 
 SHARDED_WEIGHTS = 3  # ZeRO stage
-KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
+KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _SECTIONS = {
     "mixed_precision": MixedPrecision,
-    "resblock_gradient_scaling": Scaling,
+    "resblock_gradient_scaling": ScalingOptions,
     "hierarchical_sharding": HierarchicalSharding,
 }
 OWN_SECTIONS = {*_SECTIONS, "gradient_compression"}

@@ -3,7 +3,7 @@
 DeepSpeed's stage 3 keeps all weights in one dtype, adds gradients up in a buffer of one dtype, and finds overflows for
 all of them at once. Here parameters are stored and travel in their own dtypes (Section 2.4: what stays in 32 bits), the
 16-bit ones with a float32 master copy or without one, and gradients go through a `GradientPath`. What is overridden
-are private names of DeepSpeed 0.19, which `setup.py` therefore pins; tests/test_stage3.py would notice if they moved.
+are private names of DeepSpeed 0.19: see seam.py, and tests/test_construction.py, which would notice if they moved.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.training.gradient_path import GradientPath, clip_
+from dalle_ds.training.seam import check_overrides
 from dalle_kernels.compression.zero_hook import scatter_sums
 
 
@@ -140,6 +141,7 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
 @contextlib.contextmanager
 def installed(plan: Stage3Plan) -> Iterator[None]:
     """Inside, `deepspeed.initialize` makes a MixedStage3 for the plan."""
+    check_overrides(MixedStage3)
     kept = zero3.DeepSpeedZeroOptimizer_Stage3
     # A class, for DeepSpeed may derive from it.
     zero3.DeepSpeedZeroOptimizer_Stage3 = type("PlannedStage3", (MixedStage3,), {"plan": plan})
