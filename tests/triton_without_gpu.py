@@ -40,13 +40,19 @@ def bits(tensor):
     return tensor.cpu().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
-def assert_lean(kernel, arguments, constants, options, capability, folder):
-    """That the kernel compiles without spills, and reads and writes many entries at a time."""
+def assert_no_spills(kernel, arguments, constants, options, capability, folder):
+    """That the kernel compiles for the GPUs of a capability with all it has in registers; returns its code."""
     with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)):
         cubin = _compile(kernel, arguments, constants, options, capability)
     code = _dump("-sass", cubin, folder)
     assert re.search(r"STACK:(\d+)", _dump("-res-usage", cubin, folder))[1] == "0"
     assert not re.search(r"\b(LDL|STL)\b", code)
+    return code
+
+
+def assert_lean(kernel, arguments, constants, options, capability, folder):
+    """That it also reads and writes many entries at a time."""
+    code = assert_no_spills(kernel, arguments, constants, options, capability, folder)
     n_scalar = sum(isinstance(argument, torch.Tensor) and argument.dim() == 0 for argument in arguments)
     widths = [load.rpartition(".")[2] for load in re.findall(r"\b(?:LDG|STG)[.\w]*", code)]
     assert sum(width != "128" for width in widths) <= n_scalar, widths

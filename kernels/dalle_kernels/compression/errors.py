@@ -49,12 +49,11 @@ class FullErrors:
             mine.copy_(values)
 
     def add(self, index: int, gradient: Tensor, factor: Tensor, finite: Tensor, noise: Noise | None) -> None:
-        new = gradient.to(self.values.dtype) * factor
+        mine = self.values[index]
         if not finite.is_cpu:  # there to ask would be to wait
-            new = torch.where(finite, new, 0)
-        elif not finite:
-            return
-        self.values[index] += new
+            mine.addcmul_(torch.where(finite, gradient, 0).to(mine.dtype), factor.to(mine.dtype))
+        elif finite:
+            mine.add_(gradient, alpha=float(factor))
 
     def zero_(self) -> None:
         self.values.zero_()

@@ -10,6 +10,7 @@ triangle of W^T W with ones on its diagonal. So all but the panel itself is matr
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 EPSILON = 1e-6
 # Columns that are reflected one by one before the rest follows in three products.
 PANEL = 16
+# What makes the vectors w [n, rows, columns] of a panel of that shape, which it may overwrite.
+Reflect = Callable[[Tensor], Tensor]
 
 
 def orthogonalize(matrices: Tensor, epsilon: float = EPSILON) -> Tensor:
@@ -34,7 +37,7 @@ def orthogonalize(matrices: Tensor, epsilon: float = EPSILON) -> Tensor:
     half, one = exponent // 2, torch.ones_like(peak)
     scaled = (matrices * torch.ldexp(one, -half)).mul_(torch.ldexp(one, half - exponent))
     scaled.diagonal(dim1=-2, dim2=-1).add_(epsilon)
-    return householder(scaled) if matrices.is_cuda else lapack(scaled)
+    return householder(scaled, *_panels_for(scaled)) if matrices.is_cuda else lapack(scaled)
 
 
 def lapack(matrices: Tensor) -> Tensor:
@@ -42,14 +45,17 @@ def lapack(matrices: Tensor) -> Tensor:
     return torch.linalg.qr(matrices)[0]  # type: ignore[no-any-return]
 
 
-def householder(matrices: Tensor) -> Tensor:
-    """The factor Q of QR, [n, rows, columns], by reflections in panels; also for float64, and any finite input."""
+def householder(matrices: Tensor, width: int = PANEL, reflect: Reflect | None = None) -> Tensor:
+    """The factor Q of QR, [n, rows, columns], by reflections in panels; also for float64, and any finite input.
+
+    `width` columns are reflected one by one, by `reflect`: by torch, in some twenty operations a column, or otherwise.
+    """
     n, rows, columns = matrices.shape
     rest = matrices.clone()
     panels = []
-    for start in range(0, columns, PANEL):
-        stop = min(start + PANEL, columns)
-        W = _reflect_panel(rest[:, start:, start:stop])  # [n, rows - start, stop - start]
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        W = (reflect or reflect_panel)(rest[:, start:, start:stop])  # [n, rows - start, stop - start]
         T = _triangle(W)
         if stop < columns:
             right = rest[:, start:, stop:]
@@ -63,11 +69,24 @@ def householder(matrices: Tensor) -> Tensor:
     return q
 
 
-def _reflect_panel(panel: Tensor) -> Tensor:
+def _panels_for(matrices: Tensor) -> tuple[int, Reflect | None]:
+    """How the panels of matrices on a GPU are reflected: in one kernel where that takes them, else by torch."""
+    from dalle_kernels.compression.panel_kernels import MOST_ROWS, WIDTH, reflect_panel_on_gpu
+
+    if matrices.dtype != torch.float32 or matrices.shape[-2] > MOST_ROWS:
+        return PANEL, None
+    return WIDTH, lambda panel: reflect_panel_on_gpu(panel, norm_floor(panel.dtype))
+
+
+def norm_floor(dtype: torch.dtype) -> float:
+    """The norm up to which squares are too small to make a norm of: such a column counts as zero."""
+    return math.sqrt(torch.finfo(dtype).tiny / torch.finfo(dtype).eps)
+
+
+def reflect_panel(panel: Tensor) -> Tensor:
     """Reflects the panel's columns one by one, in place -> the vectors w, [n, rows, columns], zero above their row."""
     W = torch.zeros_like(panel)
-    # Below, squares are too small to make a norm of: the column counts as zero.
-    floor = math.sqrt(torch.finfo(panel.dtype).tiny / torch.finfo(panel.dtype).eps)
+    floor = norm_floor(panel.dtype)
     for i in range(panel.shape[-1]):
         x = panel[:, i:, i]  # [n, rows - i]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [n, 1]

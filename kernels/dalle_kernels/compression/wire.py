@@ -82,7 +82,8 @@ class _Coded:
     """In 1-6-9."""
 
     def __init__(self, flat: Tensor, group: Group) -> None:
-        self._group, self._n, self._like = group, dist.get_world_size(group), flat
+        self._group, self._n = group, dist.get_world_size(group)
+        self._length, self._dtype = len(flat), flat.dtype
         missing = -len(flat) % self._n
         padded = torch.nn.functional.pad(flat.float(), (0, missing)) if missing else flat.float()
         self._codes = encode(padded, CODED)
@@ -105,7 +106,7 @@ class _Coded:
     def wait(self) -> Tensor:
         self.advance()
         self._work.wait()
-        return decode(self._codes, CODED)[: len(self._like)].to(self._like.dtype)
+        return decode(self._codes, CODED)[: self._length].to(self._dtype)
 
 
 def _bytes(codes: Tensor) -> Tensor:
