@@ -22,8 +22,9 @@ from torch import Tensor
 from dalle_ds.config import PriorConfig
 from dalle_ds.models.gradient_scaling import resblock_index
 from dalle_ds.models.prior import Prior
-from dalle_ds.planner import state_bytes, training_flops
-from dalle_ds.planner.ways import WAYS
+from dalle_ds.planner import memory_of, training_flops
+from dalle_ds.planner.deepspeed_json import way_of
+from dalle_ds.planner.ways import Layout
 from dalle_ds.presets import PRESETS
 from dalle_ds.training.construction import build_engine
 from dalle_ds.training.distributed import process_group
@@ -88,13 +89,14 @@ def measure(config: PriorConfig, arguments: argparse.Namespace) -> str:
     step_seconds = statistics.median(seconds[1:] or seconds)
     flops = n_samples * training_flops(config).model
     peak = matrix_peak(torch.float16, device.type) if device.type == "cuda" else float("nan")
-    expected = sum(state_bytes(config, WAYS["ZeRO 3 16-bit state"], 1, 1).values())
+    expected = memory_of(config, way_of(settings), Layout(n_gpus=1, machine_size=1, micro_batch=arguments.micro_batch))
     most = torch.cuda.max_memory_allocated() / GB if device.type == "cuda" else float("nan")
     rows = [
         ("parameters", f"{sum(p.ds_numel for p in engine.module.parameters()):,}"),
         ("weights, gradient buffers and moments, held", f"{held_bytes(engine) / MB:.3f} MB"),
-        ("the same, by `dalle-ds plan`", f"{expected / MB:.3f} MB"),
-        ("most memory allocated", f"{most:.1f} GB"),
+        ("the same, by `dalle-ds plan`", f"{expected.state / MB:.3f} MB"),
+        ("most memory allocated", f"{most:.4f} GB"),
+        ("the same, by `dalle-ds plan`", f"{expected.total / GB:.4f} GB"),
         ("updates skipped", str(engine.skipped_steps)),
         (
             "an update",

@@ -6,7 +6,8 @@ Closed forms alone, so that it answers at once for any size; tests hold them aga
 from dalle_ds.planner.arithmetic import training_flops
 from dalle_ds.planner.memory import memory_of, state_bytes
 from dalle_ds.planner.parameters import count_parameters
-from dalle_ds.planner.plan import PlanConfig, make_plan
+from dalle_ds.planner.plan import make_plan
+from dalle_ds.planner.plan_config import PlanConfig
 from dalle_ds.planner.traffic import bytes_between_machines, compression_rate
 
 __all__ = [

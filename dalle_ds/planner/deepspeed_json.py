@@ -1,117 +1,183 @@
-"""What a DeepSpeed JSON says of memory and traffic. Training checks such a file in full; here only what is read."""
+"""What a DeepSpeed JSON says of memory, traffic and time: from a checked one to a way to lay out a run.
 
-import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+Reading and refusing is `training.deepspeed_config`'s alone; here everything is taken to be right. Bytes a parameter are
+explained in ds_configs/README.md.
+"""
+
+from dataclasses import replace
 from typing import Any
 
-from dalle_ds.config import InputError, require
-from dalle_ds.planner.ways import ALL, MACHINE, WHOLE, State, StateFormat, Way
+from dalle_ds.planner.ways import ALL, MACHINE, WHOLE, Buckets, State, StateFormat, Way
 
+Config = dict[str, Any]
 SHARDED_WEIGHTS = 3  # ZeRO stage
-# Sections that are off unless they say that they are on; ours are on.
-SWITCHED = ("fp16", "bf16", "torch_autocast")
 OWN_SECTIONS = ("mixed_precision", "resblock_gradient_scaling", "hierarchical_sharding", "gradient_compression")
-DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# Sizes that DeepSpeed 0.19 takes where the JSON names none, in elements.
-MAX_LIVE, BUCKET = 10**9, 5 * 10**8
+ADAM, COMPACT = ("adam", "adamw"), "compactadamw"
+FULL, WIDTHS = 4, {"fp32": 4, "fp16": 2, "bf16": 2}
+# Formats of errors, and that in which PowerSGD keeps them and sends factors unless told; all else travels in full.
+ERROR_BYTES, CODED = {"full": 4, "1-6-9": 2}, "1-6-9"
+# Field of Buckets -> its names in zero_optimization.
+SIZES = {
+    "reduce": ("reduce_bucket_size",),
+    "prefetch": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
+    "live": ("stage3_max_live_parameters", "max_live_parameters"),
+    "reuse": ("stage3_max_reuse_distance", "max_reuse_distance"),
+    "contiguous": ("contiguous_gradients",),
+}
+# Keys of zero_optimization that are read here, or change nothing of what is planned but for details.
+KNOWN = {name for names in SIZES.values() for name in names} | {
+    "stage", "overlap_comm", "offload_optimizer", "memory_efficient_linear", "allgather_bucket_size",
+    "stage3_param_persistence_threshold", "param_persistence_threshold", "round_robin_gradients",
+    "stage3_gather_16bit_weights_on_model_save",
+}  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class JsonSettings:
-    """The run that a JSON describes; 0 where it leaves something open."""
-
-    name: str
-    way: Way
-    micro_batch: int
-    batch: int
-    machine_size: int
-    matrix_rank: int
-    wire: str
-    live_elements: int
-    bucket_elements: int
-    in_bfloat16: bool
-
-
-def read_deepspeed_json(path: Path) -> JsonSettings:
-    """Reads the settings. Raises InputError that names the file and what is wrong in it."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such DeepSpeed config; ds_configs/ holds ready ones") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    require(isinstance(config, dict), f"{path}: the top level must be an object")
-    zero = _section(config, "zero_optimization", path)
-    stage = zero.get("stage", 0)
-    require(stage in (0, 1, 2, 3), f"{path}: zero_optimization.stage {stage!r} must be 0, 1, 2 or 3")
-    compression = _section(config, "gradient_compression", path)
-    machine_size = _count(_section(config, "hierarchical_sharding", path), "machine_size", path)
-    require(
-        not machine_size or stage == SHARDED_WEIGHTS,
-        f"{path}: hierarchical_sharding shards parameters: set zero_optimization.stage to 3",
-    )
-    is_compressed = compression.get("type", "none") != "none"
-    require(
-        not is_compressed or machine_size > 0,
-        f"{path}: the plan knows gradient_compression beside hierarchical_sharding alone: add that, or take it out",
-    )
-    scope = MACHINE if machine_size else ALL
-    way = Way(
-        state=_state(config, stage, path),
-        compute_bytes=_compute_bytes(config, path),
+def way_of(config: Config) -> Way:
+    """The way of a config that `load_deepspeed_config` has accepted, our own sections with it."""
+    zero, stage = config.get("zero_optimization", {}), _stage(config)
+    sharding, compression = _section(config, "hierarchical_sharding"), _section(config, "gradient_compression")
+    scope = ALL if sharding is None else MACHINE
+    compressor = ("none" if sharding is not None else "") if compression is None else compression["type"]
+    buckets, overlaps = _buckets(zero), zero.get("overlap_comm")
+    if stage == 0 or _has_bf16_optimizer(config):
+        # Averaged by the engine, in pieces of DeepSpeed's own size.
+        buckets, overlaps = Buckets(contiguous=stage == 0), False
+    return Way(
+        state=_state(config),
+        dtype=_dtype(config),
+        is_scaled=_section(config, "resblock_gradient_scaling") is not None,
         weights=scope if stage == SHARDED_WEIGHTS else WHOLE,
         gradients=scope if stage > 1 else WHOLE,
         optimizer=scope if stage > 0 else WHOLE,
-        is_compressed=is_compressed,
-        error_bytes=4 if compression.get("errors") == "full" else 2,
-    )
-    return JsonSettings(
-        name=path.name,
-        way=way,
-        micro_batch=_count(config, "train_micro_batch_size_per_gpu", path),
-        batch=_count(config, "train_batch_size", path),
-        machine_size=machine_size,
-        matrix_rank=_count(compression, "matrix_rank", path),
-        # What is not compressed travels in full between machines, unless it says otherwise.
-        wire=compression.get("wire", "full" if machine_size and not is_compressed else ""),
-        live_elements=_count(zero, "stage3_max_live_parameters", path) or MAX_LIVE,
-        bucket_elements=_count(zero, "reduce_bucket_size", path) or BUCKET,
-        in_bfloat16=bool(_section(config, "bf16", path)),
+        compressor=compressor,
+        wire=(compression or {}).get("wire", CODED if compressor == "powersgd" else "full"),
+        matrix_rank=(compression or {}).get("matrix_rank", 0),
+        buckets=buckets,
+        overlaps=stage == SHARDED_WEIGHTS if overlaps is None else bool(overlaps),
+        by_resblock=_is_ours(config) or _optimizer(config) == COMPACT,
+        offloads=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
     )
 
 
-def _compute_bytes(config: dict[str, Any], path: Path) -> int:
-    return 2 if any(_section(config, name, path) for name in ("fp16", "bf16", "torch_autocast")) else 4
+def remarks_on(config: Config) -> list[str]:
+    """What the plan of a config does not count."""
+    others = sorted(set(config.get("zero_optimization", {})) - KNOWN)
+    found = [f"zero_optimization.{key} is not counted" for key in others]
+    if _optimizer(config) not in (*ADAM, COMPACT):
+        found.append(f"optimizer {config['optimizer']['type']} is counted as Adam")
+    if config["optimizer"].get("params", {}).get("amsgrad"):
+        found.append("the third moment of amsgrad is not counted")
+    if _stage(config) == 2 and _is_ours(config):
+        # Its groups of parameters are then resblocks (stage_1_and_2.py, copy_grads_in_partition).
+        found.append("a process keeps whole gradients of matrices that it updates a part of: more than is counted")
+    if way_of(config).offloads:
+        found.append("the time that an offloaded optimizer takes on the host is not counted")
+    return found
 
 
-def _state(config: dict[str, Any], stage: int, path: Path) -> State:
-    """Bytes a parameter, as ds_configs/README.md explains them."""
-    in_16_bit = any(_section(config, name, path) for name in ("fp16", "bf16"))
-    # With any section of ours the rest stays in 32 bits, and the matrices leave them under stage 3 alone.
-    is_ours = any(config.get(name, {}).get("enabled", True) for name in OWN_SECTIONS if name in config)
-    weight = 2 if in_16_bit and (stage == SHARDED_WEIGHTS or not is_ours) else 4
-    accumulated = _section(config, "data_types", path).get("grad_accum_dtype")
-    require(accumulated in (None, *DTYPE_BYTES), f"{path}: data_types.grad_accum_dtype {accumulated!r} is unknown")
-    gradient = weight if accumulated is None or stage == 0 else DTYPE_BYTES[accumulated]
-    optimizer = _section(config, "optimizer", path)
-    is_compact = optimizer.get("type") == "CompactAdamW" and optimizer.get("params", {}).get("moment_bits", 16) == 16
-    master = _section(config, "mixed_precision", path).get("master_weights", True)
-    # ZeRO 1 and 2 keep a copy of float32 weights too.
-    has_master = (weight == 2 and master) or stage in (1, 2)
-    large = StateFormat(weight=weight, master=4 * has_master, gradient=gradient, moments=4 if is_compact else 8)
-    # CompactAdamW keeps 16-bit moments of matrices of resblocks alone.
-    rest = StateFormat(weight=4, master=4 * (stage in (1, 2)), gradient=4, moments=8)
-    return State(matrices=large, rest=rest if is_ours else replace(large, moments=8))
+def machine_size_of(config: Config) -> int:
+    """GPUs of a machine under hierarchical sharding; 0 without."""
+    return int((_section(config, "hierarchical_sharding") or {}).get("machine_size", 0))
 
 
-def _section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    section = config.get(name, {})
-    require(isinstance(section, dict), f"{path}: section {name!r} must be an object")
-    return section if section.get("enabled", name not in SWITCHED) else {}
+def _state(config: Config) -> State:
+    """Bytes a parameter: with any section of ours everything but matrices stays in 32 bits, and matrices do so below
+    ZeRO 3."""
+    stage, in_16_bit = _stage(config), any(_is_on(config, name) for name in ("fp16", "bf16"))
+    if not _is_ours(config):
+        matrices = _stock(config, stage, in_16_bit)
+        return State(matrices=matrices, rest=replace(matrices, moments=8))
+    if stage == SHARDED_WEIGHTS:
+        has_master = in_16_bit and (_section(config, "mixed_precision") or {}).get("master_weights", True)
+        in_full = not in_16_bit or _accumulates_in(config) == FULL
+        matrices = StateFormat(
+            weight=2 if in_16_bit else FULL,
+            master=FULL * has_master,
+            # PowerSGD's errors are in the same buffer, and need no other.
+            gradient=_error_bytes(config) or (FULL if in_full else 2),
+            moments=_moment_bytes(config, in_16_bit and not has_master),
+        )
+        return State(matrices=matrices, rest=StateFormat(weight=FULL, master=0, gradient=FULL, moments=8))
+    # DeepSpeed's engine is one of float32, and the buffers of a compressor come on top.
+    whole = StateFormat(weight=FULL, master=FULL * (stage > 0), gradient=FULL, moments=8)
+    if _section(config, "gradient_compression") is None:
+        return State(matrices=replace(whole, moments=_moment_bytes(config)), rest=whole)
+    errors = _error_bytes(config) or FULL
+    matrices = replace(whole, gradient=FULL + errors, moments=_moment_bytes(config))
+    return State(matrices=matrices, rest=replace(whole, gradient=2 * FULL))
 
 
-def _count(section: dict[str, Any], name: str, path: Path) -> int:
-    value = section.get(name, 0)
-    require(type(value) is int and value >= 0, f"{path}: {name} {value!r} must be a whole number of at least 1")
-    return int(value)
+def _stock(config: Config, stage: int, in_16_bit: bool) -> StateFormat:
+    """DeepSpeed's own. Of float32 weights it makes copies too, but for ZeRO 0."""
+    accumulated = _accumulates_in(config)
+    gradient = (accumulated or 2) if in_16_bit and stage > 0 else 2 if in_16_bit else FULL
+    if _has_bf16_optimizer(config):
+        gradient += 2  # which leaves those of the backward pass in place
+    return StateFormat(
+        weight=2 if in_16_bit else FULL,
+        master=FULL * (in_16_bit or stage > 0),
+        gradient=gradient,
+        moments=_moment_bytes(config),
+    )
+
+
+def _has_bf16_optimizer(config: Config) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer for ZeRO 1, which has no buckets and does not overlap."""
+    is_it = _stage(config) == 1 and _is_on(config, "bf16") and _accumulates_in(config) == FULL
+    return is_it and not _is_ours(config)
+
+
+def _moment_bytes(config: Config, rounds: bool = False) -> int:
+    """Of a matrix's moments, and what rounding "kahan" keeps beside a weight that the optimizer `rounds`."""
+    params = config["optimizer"].get("params", {})
+    if _optimizer(config) != COMPACT:
+        return 8
+    return (4 if params.get("moment_bits", 16) == 16 else 8) + (
+        2 if rounds and params.get("rounding") == "kahan" else 0
+    )
+
+
+def _error_bytes(config: Config) -> int:
+    """Of an entry of PowerSGD's error buffers; 0 without PowerSGD."""
+    compression = _section(config, "gradient_compression") or {}
+    return ERROR_BYTES[compression.get("errors", CODED)] if compression.get("type") == "powersgd" else 0
+
+
+def _accumulates_in(config: Config) -> int:
+    return WIDTHS.get(config.get("data_types", {}).get("grad_accum_dtype"), 0)
+
+
+def _dtype(config: Config) -> str:
+    """What branches compute in."""
+    if _is_on(config, "torch_autocast"):
+        return "bf16"
+    return next((name for name in ("fp16", "bf16") if _is_on(config, name)), "fp32")
+
+
+def _buckets(zero: Config) -> Buckets:
+    found = {field: zero[name] for field, names in SIZES.items() for name in names if name in zero}
+    contiguous = bool(found.pop("contiguous", True))
+    return Buckets(contiguous=contiguous, **{field: int(value) for field, value in found.items()})
+
+
+def _stage(config: Config) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _optimizer(config: Config) -> str:
+    return str(config["optimizer"]["type"]).lower()
+
+
+def _is_ours(config: Config) -> bool:
+    return any(_section(config, name) is not None for name in OWN_SECTIONS)
+
+
+def _section(config: Config, name: str) -> Config | None:
+    """A section of ours, if it is there and on."""
+    section: Config | None = config.get(name)
+    return None if section is None or not section.get("enabled", True) else section
+
+
+def _is_on(config: Config, name: str) -> bool:
+    """Whether one of DeepSpeed's sections is there and on."""
+    return bool(config.get(name, {}).get("enabled"))

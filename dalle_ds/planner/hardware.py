@@ -8,10 +8,6 @@ own machines of 8 (DGX-1: 4 adapters of 100 Gbit/s; DGX A100: 8 of 200; DGX H100
 
 from dataclasses import dataclass, replace
 
-# Seconds before the first byte of a hop arrives; what collectives of NCCL usually take.
-MACHINE_LATENCY = 3e-6
-NETWORK_LATENCY = 10e-6
-
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:

@@ -82,6 +82,7 @@ def outer_shapes(config: PriorConfig) -> dict[str, Shape]:
 
 
 def layer_matrices(config: PriorConfig) -> list[Matrix]:
+    """Shapes of the matrices of one layer, as they are stored."""
     return [shape for block in matrix_shapes(config).values() for shape in block.values()]
 
 
@@ -90,7 +91,19 @@ def shard_shape(shape: Matrix, n_shards: int) -> Matrix:
     return -(-shape[0] // n_shards), shape[1]
 
 
+def rank_of(shard: Matrix, shard_rank: int) -> int:
+    """The rank to which PowerSGD compresses a shard: no more than its sides."""
+    return min(shard_rank, *shard)
+
+
+def factor_entries(shard: Matrix, shard_rank: int) -> tuple[int, int]:
+    """Entries of (P, Q) of a shard of a matrix; P has its shorter side."""
+    rank = rank_of(shard, shard_rank)
+    return rank * min(shard), rank * max(shard)
+
+
 def shards_are_whole_rows(config: PriorConfig, n_shards: int) -> bool:
+    """Whether the shards of all matrices are matrices, which PowerSGD needs."""
     return all(shape[0] % n_shards == 0 for shape in layer_matrices(config))
 
 

@@ -1,114 +1,53 @@
 """A plan: every way to lay a run over the GPUs that are given, which of them fit, and the one to take."""
 
-import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from dalle_ds.config import PriorConfig, described, require
+from dalle_ds.config import PriorConfig, require
 from dalle_ds.planner.arithmetic import training_flops
-from dalle_ds.planner.deepspeed_json import JsonSettings
-from dalle_ds.planner.hardware import GPUS, Hardware
-from dalle_ds.planner.memory import Layout, Memory, memory_of
+from dalle_ds.planner.collectives import Links
+from dalle_ds.planner.memory import Memory, memory_of
 from dalle_ds.planner.parameters import count_parameters, shards_are_whole_rows
+from dalle_ds.planner.plan_config import RECOMPUTE, PlanConfig
+from dalle_ds.planner.start import Start, start_of
 from dalle_ds.planner.step_time import Speeds, StepTime, step_time_of
-from dalle_ds.planner.traffic import (
-    WIRE_BYTES,
-    Exchange,
-    Payload,
-    bytes_between_machines,
-    compression_rate,
-    exchanges_of,
-)
-from dalle_ds.planner.ways import Way, ways_for
+from dalle_ds.planner.table_1 import default_matrix_rank
+from dalle_ds.planner.traffic import Exchange, Payload, exchanges_of, payload_of
+from dalle_ds.planner.ways import Layout, Way, ways_for
 
 # Appendix B.2.
 PAPER_BATCH, PAPER_UPDATES = 1024, 430_000
-# Table 1: width -> matrix rank.
-TABLE_1 = {1920: 512, 2688: 640, 3968: 896}
-TABLE_1_RATES = (0.83, 0.85, 0.86)
-TABLE_1_MACHINE = 8
-# Table 1 has 0.23 to 0.27.
-RANK_TO_WIDTH = 0.25
+# What the way of a DeepSpeed JSON that is given is called.
+GIVEN = "the JSON"
+# Above as many parameters, training in fp16 without gradient scales by resblock diverged (Section 2.4).
+FP16_LIMIT = 10**9
 # Steps that differ by less are as fast: the model of time is no better than that.
 AS_FAST = 1.05
-RECOMPUTE = {"auto": (False, True), "true": (True,), "false": (False,)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """The machines, and what of the run is not in the DeepSpeed JSON; 0 takes what the catalogue or the paper has."""
-
-    gpus: int = described(8, "GPUs in all")
-    gpus_per_machine: int = described(8, "GPUs of a machine, over which hierarchical sharding goes")
-    gpu: str = described("h100-80gb", f"what they are: {', '.join(GPUS)}")
-    memory_gb: float = described(0.0, "memory of a GPU, in 10^9 bytes; 0 for that of --gpu")
-    tflops: float = described(0.0, "peak of its 16-bit products, in 10^12 operations a second; 0 for that of --gpu")
-    machine_bandwidth: float = described(0.0, "GB/s that a GPU sends inside its machine; 0 for that of --gpu")
-    network_bandwidth: float = described(0.0, "GB/s that a GPU sends to other machines; 0 for that of --gpu")
-    micro_batch: int = described(1, "samples of a GPU at a time")
-    batch: int = described(0, "samples of a step; 0 for the paper's 1,024, or one micro-batch a GPU where that is more")
-    matrix_rank: int = described(0, "PowerSGD's rank of a whole matrix; 0 for the paper's, or a quarter of the width")
-    wire: str = described("1-6-9", f"format between machines: {', '.join(WIRE_BYTES)}")
-    recompute: str = described("auto", "true, false, or auto: recompute activations where memory asks for it")
-    efficiency: float = described(0.4, "part of the peak that products reach")
-    link_efficiency: float = described(0.8, "part of their bandwidth that links reach in collectives")
-    reserve: float = described(0.05, "part of the memory left to CUDA, NCCL and fragmentation")
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_machine", "micro_batch"):
-            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("memory_gb", "tflops", "machine_bandwidth", "network_bandwidth", "batch", "matrix_rank"):
-            require(getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative; 0 for the usual one")
-        for name, choices in (("gpu", GPUS), ("wire", WIRE_BYTES), ("recompute", RECOMPUTE)):
-            require(getattr(self, name) in choices, f"{name} {getattr(self, name)!r} must be {_either(choices)}")
-        for name in ("efficiency", "link_efficiency"):
-            require(0 < getattr(self, name) <= 1, f"{name} {getattr(self, name)} must lie in (0, 1]")
-        require(0 <= self.reserve < 1, f"reserve {self.reserve} must lie in [0, 1)")
-        require(
-            self.gpus <= self.gpus_per_machine or self.gpus % self.gpus_per_machine == 0,
-            f"gpus {self.gpus} is no multiple of gpus_per_machine {self.gpus_per_machine}: give whole machines",
-        )
-
-    @property
-    def machine_size(self) -> int:
-        return min(self.gpus, self.gpus_per_machine)
-
-    @property
-    def hardware(self) -> Hardware:
-        changes: dict[str, Any] = {
-            "memory": self.memory_gb * 1e9,
-            "flops": self.tflops * 1e12,
-            "machine_bandwidth": self.machine_bandwidth * 1e9,
-            "network_bandwidth": self.network_bandwidth * 1e9,
-        }
-        return dataclasses.replace(GPUS[self.gpu], **{name: value for name, value in changes.items() if value})
-
-    @property
-    def usable_memory(self) -> float:
-        return self.hardware.memory * (1 - self.reserve)
+# Part of a step from which waiting for first bytes is worth a line.
+MUCH_WAITING = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A way with what it takes; `payload` is what counters count between machines, where sharding is hierarchical."""
+    """A way with what it takes; `payload` is what a compressor averages, and `start` says how to start it.
+
+    `obstacle` says why it is not to be taken although it may fit.
+    """
 
     name: str
     way: Way
     layout: Layout
     fits: bool
+    obstacle: str
     memory: Memory
     exchanges: list[Exchange]
     payload: Payload | None
     time: StepTime
+    start: Start | None
 
     @property
-    def inside_bytes(self) -> float:
-        return sum(one.times * one.inside for one in self.exchanges)
-
-    @property
-    def between_bytes(self) -> float:
-        return sum(one.times * one.between for one in self.exchanges)
+    def sent(self) -> Links:
+        """Bytes that a GPU sends in a step."""
+        return sum((one.sent(self.layout) * one.times for one in self.exchanges), Links())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,39 +84,24 @@ class Plan:
         return PAPER_UPDATES * PAPER_BATCH / self.samples_per_second / 86_400
 
 
-def make_plan(model: PriorConfig, config: PlanConfig, settings: JsonSettings | None = None, way: str = "") -> Plan:
-    """Works out every way; that of a DeepSpeed JSON comes first. `way` names the one to show."""
-    machine_size = config.machine_size
-    n_micro_steps = _n_micro_steps(config)
-    is_aligned = shards_are_whole_rows(model, machine_size)
-    rank = config.matrix_rank or default_matrix_rank(model.dim, machine_size)
+def make_plan(model: PriorConfig, config: PlanConfig, given: Way | None = None, way: str = "") -> Plan:
+    """Works out every way; a `given` one comes first. `way` names the one to show."""
+    size = config.machine_size
+    rank = config.matrix_rank or default_matrix_rank(model.dim, size)
     require(
-        rank % machine_size == 0,
-        f"matrix_rank {rank} is no multiple of {machine_size} GPUs a machine: each shard gets its part of it",
+        rank % size == 0, f"matrix_rank {rank} is no multiple of {size} GPUs a machine: each shard gets its part of it"
     )
-    ways = ways_for(config.gpus, machine_size)
+    require(rank <= max(model.dim, size), f"matrix_rank {rank} is more than the model's width {model.dim}: give less")
+    ways, n_micro_steps = _choices(model, config, given), _n_micro_steps(config)
+    options = [_make_option(model, config, name, one, rank, n_micro_steps) for name, one in ways.items()]
     notes = []
-    if not is_aligned:
-        ways = {name: way for name, way in ways.items() if not way.is_compressed}
-        notes.append(f"no PowerSGD: width {model.dim} is no multiple of {machine_size} GPUs a machine; change one")
-    if settings is not None:
-        require(
-            is_aligned or not settings.way.is_compressed,
-            f"{settings.name}: PowerSGD needs a width that {machine_size} GPUs a machine divide, not {model.dim}",
-        )
-        ways = {settings.name: settings.way, **ways}
-        if settings.in_bfloat16 and not config.hardware.has_bfloat16:
-            notes.append(f"{config.gpu} has no bfloat16: use fp16 instead of {settings.name}")
-    options = []
-    for name, one in ways.items():
-        buckets = (
-            {"live_elements": settings.live_elements, "bucket_elements": settings.bucket_elements}
-            if settings is not None and name == settings.name
-            else {}
-        )
-        options.append(_make_option(model, config, name, one, rank, n_micro_steps, buckets))
-    recommended, reason = _recommend(options, config)
-    shown = options[0] if settings is not None else recommended or min(options, key=lambda one: one.memory.total)
+    if not shards_are_whole_rows(model, size):
+        notes.append(f"no PowerSGD: width {model.dim} is no multiple of {size} GPUs a machine; change one")
+    for obstacle in dict.fromkeys(option.obstacle for option in options if option.obstacle):
+        names = [option.name for option in options if option.obstacle == obstacle]
+        notes.append(f"{', '.join(names)}: {obstacle}")
+    recommended, reason = recommend(options, config)
+    shown = options[0] if given is not None else recommended or min(options, key=lambda one: one.memory.total)
     if way:
         require(way in ways, f"--way {way!r} is none of this run's: {', '.join(ways)}")
         shown = next(option for option in options if option.name == way)
@@ -194,10 +118,21 @@ def make_plan(model: PriorConfig, config: PlanConfig, settings: JsonSettings | N
     )
 
 
-def default_matrix_rank(dim: int, machine_size: int) -> int:
-    """Table 1's rank for its widths, else a quarter of the width; rounded up to a multiple of the machine's GPUs."""
-    rank = TABLE_1.get(dim, round(dim * RANK_TO_WIDTH))
-    return max(1, -(-rank // machine_size)) * machine_size
+def _choices(model: PriorConfig, config: PlanConfig, given: Way | None) -> dict[str, Way]:
+    """The ways by name, a given one first; without PowerSGD where shards of matrices would be no matrices."""
+    size = config.machine_size
+    ways = ways_for(config.gpus, size, config.hardware)
+    if config.wire:
+        ways = {name: replace(one, wire=config.wire) if one.compressor else one for name, one in ways.items()}
+    if not shards_are_whole_rows(model, size):
+        ways = {name: one for name, one in ways.items() if not one.is_compressed}
+    if given is None:
+        return ways
+    require(
+        not given.is_compressed or shards_are_whole_rows(model, size if given.is_hierarchical else 1),
+        f"{GIVEN}: PowerSGD needs a width that {size} GPUs a machine divide, not {model.dim}",
+    )
+    return {GIVEN: given, **ways}
 
 
 def _n_micro_steps(config: PlanConfig) -> int:
@@ -212,48 +147,52 @@ def _n_micro_steps(config: PlanConfig) -> int:
     return config.batch // at_once
 
 
-def _make_option(
-    model: PriorConfig, config: PlanConfig, name: str, way: Way, rank: int, n_micro_steps: int, buckets: dict[str, int]
-) -> Option:
+def _make_option(model: PriorConfig, config: PlanConfig, name: str, way: Way, rank: int, n_micro_steps: int) -> Option:
     """The option without recomputation where that fits, else with it, as far as the config leaves the choice."""
+    layout = Layout(
+        n_gpus=config.gpus, machine_size=config.machine_size, micro_batch=config.micro_batch, matrix_rank=rank
+    )
     for recompute in RECOMPUTE[config.recompute]:
-        layout = Layout(
-            n_gpus=config.gpus,
-            machine_size=config.machine_size,
-            micro_batch=config.micro_batch,
-            recompute=recompute,
-            matrix_rank=rank,
-            **buckets,
-        )
+        layout = replace(layout, recompute=recompute)
         memory = memory_of(model, way, layout)
         fits = memory.total <= config.usable_memory
         if fits:
             break
-    exchanges = exchanges_of(model, way, layout, n_micro_steps, config.wire)
-    payload = None
-    if way.is_hierarchical and layout.n_machines > 1:
-        sent_rank = rank if way.is_compressed else 0
-        payload = bytes_between_machines(model, layout.machine_size, layout.n_machines, sent_rank, config.wire)
+    exchanges = exchanges_of(model, way, layout, n_micro_steps)
     speeds = Speeds(hardware=config.hardware, efficiency=config.efficiency, link_efficiency=config.link_efficiency)
-    time = step_time_of(model, way, layout, memory, exchanges, speeds, n_micro_steps)
+    is_averaged = way.compressor and config.gpus > layout.group_size(way.weights)
+    batch = config.gpus * config.micro_batch * n_micro_steps
+    is_stock_fp16 = not way.dtype and not config.hardware.has_bfloat16
     return Option(
         name=name,
         way=way,
         layout=layout,
         fits=fits,
+        obstacle=_obstacle(model, way, config),
         memory=memory,
         exchanges=exchanges,
-        payload=payload,
-        time=time,
+        payload=payload_of(model, way, layout) if is_averaged else None,
+        time=step_time_of(model, way, layout, memory, exchanges, speeds, n_micro_steps),
+        start=None if name == GIVEN else start_of(name, model.dim, layout, batch, is_stock_fp16),
     )
 
 
-def _recommend(options: list[Option], config: PlanConfig) -> tuple[Option | None, str]:
-    """Of those that fit and are about as fast as the fastest, the simplest; and why, in a sentence."""
-    fitting = [option for option in options if option.fits]
+def _obstacle(model: PriorConfig, way: Way, config: PlanConfig) -> str:
+    dtype = way.dtype_on(config.hardware)
+    if dtype == "bf16" and not config.hardware.has_bfloat16:
+        return f"{config.gpu} has no bfloat16: use fp16"
+    if dtype == "fp16" and not way.is_scaled and count_parameters(model).total > FP16_LIMIT:
+        return "fp16 without gradient scales by resblock diverges above 10^9 parameters (paper, Section 2.4)"
+    return ""
+
+
+def recommend(options: list[Option], config: PlanConfig) -> tuple[Option | None, str]:
+    """Of those that fit and are about as fast as the fastest, one whose file is ready, or else the simplest; and why,
+    in a sentence."""
     usable = config.usable_memory / 1e9
+    fitting = [option for option in options if option.fits and not option.obstacle]
     if not fitting:
-        least = min(options, key=lambda option: option.memory.total)
+        least = min(options, key=lambda option: (bool(option.obstacle), option.memory.total))
         ways_out = ["GPUs with more memory"]
         if config.gpus == config.machine_size:
             ways_out.append("more GPUs")
@@ -264,35 +203,14 @@ def _recommend(options: list[Option], config: PlanConfig) -> tuple[Option | None
             f"try {' or '.join(ways_out)}"
         )
     fastest = min(fitting, key=lambda option: option.time.total)
-    chosen = next(option for option in fitting if option.time.total <= AS_FAST * fastest.time.total)
+    as_fast = [option for option in fitting if option.time.total <= AS_FAST * fastest.time.total]
+    # What is given was not chosen for being simple.
+    chosen = min(as_fast, key=lambda option: (option.start is None, bool(option.start and option.start.changes)))
     spare = usable - chosen.memory.total / 1e9
-    if len(options) == 1 or len(fitting) == 1:
+    if len(fitting) == 1:
         why = "the only one that fits"
     elif chosen is fastest:
         why = "the fastest that fits"
     else:
-        why = f"the simplest of those that fit within 5% of the fastest ({fastest.name})"
+        why = f"fits, and is within 5% of the fastest ({fastest.name})"
     return chosen, f"{chosen.name}: {why}; {spare:.1f} GB to spare"
-
-
-def _either(choices: Iterable[str]) -> str:
-    *most, last = choices
-    return f"{', '.join(most)} or {last}"
-
-
-def table_1() -> list[dict[str, float]]:
-    """The paper's Table 1 from our closed forms: 64 layers, heads of 64, 8 GPUs a machine."""
-    rows = []
-    for (dim, rank), paper_rate in zip(TABLE_1.items(), TABLE_1_RATES, strict=True):
-        model = PriorConfig(n_head=dim // 64)
-        rows.append(
-            {
-                "parameters": count_parameters(model).matrices,
-                "dim": dim,
-                "matrix_rank": rank,
-                "shard_rank": rank // TABLE_1_MACHINE,
-                "compression_rate": compression_rate(model, TABLE_1_MACHINE, rank),
-                "paper_rate": paper_rate,
-            }
-        )
-    return rows

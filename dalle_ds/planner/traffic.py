@@ -1,29 +1,37 @@
-"""Bytes that a GPU sends in a step: inside its machine and between machines, whole or as PowerSGD's factors.
+"""What a GPU hands to collectives in a step: weights, gradients, and between machines those or PowerSGD's factors.
 
-Of a gathered or scattered array of S bytes in all, each of k GPUs sends S (k - 1) / k; an all-reduce does both. Over
-all GPUs of n machines of m, what crosses the network is S (n - 1) / n, a GPU's part of it S (n - 1) / (n m). Averaging
-payloads of S bytes between machines sends 2 S (n - 1) / n. Counters of compressors (`wire.Traffic`) count payloads.
+Sizes are those of real engines of DeepSpeed 0.19.8, which tests count at torch's collectives. Its ZeRO 1 and 2 average
+gradients with all-reduces, where scatters would do.
 """
 
 import math
 from dataclasses import dataclass
 
 from dalle_ds.config import PriorConfig
-from dalle_ds.planner.hardware import MACHINE_LATENCY, NETWORK_LATENCY
-from dalle_ds.planner.memory import Layout
-from dalle_ds.planner.parameters import Matrix, count_parameters, matrix_shapes, shard_shape, sharded_counts
-from dalle_ds.planner.ways import ALL, WHOLE, Way
+from dalle_ds.planner.collectives import AVERAGE, CODED_AVERAGE, GATHER, SCATTER, Links, bytes_sent, latency
+from dalle_ds.planner.memory import live_elements
+from dalle_ds.planner.parameters import (
+    Matrix,
+    count_parameters,
+    factor_entries,
+    matrix_shapes,
+    shard_shape,
+    sharded_counts,
+)
+from dalle_ds.planner.ways import ALL, REPLICAS, WHOLE, Layout, Way
 
 # Bytes an entry of the formats of `dalle_kernels.compression.wire.WIRES`.
 WIRE_BYTES = {"full": 4, "float16": 2, "bfloat16": 2, "1-6-9": 2}
 CODED_WIRE = "1-6-9"
-# In each micro-step; with the last one's backward pass; after the update.
+# In each micro-step; with the last one's backward pass; after it.
 WHEN = ("forward", "backward", "last backward", "end")
+# Flat tensors in which ZeRO 1 and 2 gather what was updated: matrices, and vectors, which are not decayed.
+N_GROUPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """What a GPU hands to the collectives between machines in one update, in bytes and calls."""
+    """What a GPU hands to the averages of a compressor in one update, in bytes and calls (`wire.Traffic`)."""
 
     matrix_bytes: int
     whole_bytes: int
@@ -32,11 +40,6 @@ class Payload:
     @property
     def total(self) -> int:
         return self.matrix_bytes + self.whole_bytes
-
-
-def n_factor_entries(rows: int, columns: int, shard_rank: int) -> int:
-    """Entries of P and Q of one matrix, or of a shard of one."""
-    return min(shard_rank, rows, columns) * (rows + columns)
 
 
 def bytes_between_machines(
@@ -66,86 +69,123 @@ def _entries(shards: list[Matrix], matrix_rank: int, machine_size: int) -> list[
     """Entries of each shard in each group that a resblock sends: its P and its Q, or the shards themselves."""
     if not matrix_rank:
         return [[math.prod(shard) for shard in shards]]
-    shard_rank = matrix_rank // machine_size
-    return [
-        [min(shard_rank, *shard) * side for shard, side in zip(shards, sides, strict=True)]
-        for sides in (map(min, shards), map(max, shards))
-    ]
+    factors = [factor_entries(shard, matrix_rank // machine_size) for shard in shards]
+    return [list(entries) for entries in zip(*factors, strict=True)]
 
 
 def compression_rate(config: PriorConfig, machine_size: int, matrix_rank: int) -> float:
     """The part of the matrices' gradients that is not sent: 1 - r (m + 2) / (2 d m) by Table 2."""
     shards = [shard_shape(shape, machine_size) for block in matrix_shapes(config).values() for shape in block.values()]
-    factors = sum(n_factor_entries(*shard, matrix_rank // machine_size) for shard in shards)
+    factors = sum(sum(factor_entries(shard, matrix_rank // machine_size)) for shard in shards)
     return 1 - factors / sum(map(math.prod, shards))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """One kind of exchange: when (see WHEN) and how often a step does it, and the bytes and latencies of each time."""
+    """One kind of exchange: when (see WHEN) and how often in a step; each time `n_bytes` of a whole array, in calls."""
 
     what: str
     when: str
     times: int
-    inside: float
-    between: float = 0.0
-    inside_latency: float = 0.0
-    between_latency: float = 0.0
+    collective: str
+    scope: str
+    n_bytes: int
+    n_calls: int
+
+    def sent(self, layout: Layout) -> Links:
+        """Bytes that a GPU sends each time."""
+        return bytes_sent(self.collective, self.scope, self.n_bytes, layout)
+
+    def waits(self, layout: Layout) -> Links:
+        """Seconds each time until first bytes are there."""
+        return latency(self.collective, self.scope, layout) * self.n_calls
 
 
-def exchanges_of(config: PriorConfig, way: Way, layout: Layout, n_micro_steps: int, wire: str) -> list[Exchange]:
-    """All that a GPU sends in a step. Weights travel as they are stored, and gradients in the dtype of their weights.
+def exchanges_of(config: PriorConfig, way: Way, layout: Layout, n_micro_steps: int) -> list[Exchange]:
+    """All that a GPU hands to collectives in a step of `n_micro_steps`.
 
-    A layer's weights are gathered for the forward pass and once more for the backward pass, which recomputes
-    activations with the same ones (Section 2.5), if DeepSpeed's `stage3_max_reuse_distance` is more than a layer.
+    Weights travel as they are stored, and gradients in the dtype of their weights.
     """
     if layout.n_gpus == 1:
         return []
-    counts, state = count_parameters(config), way.state
-    weights = counts.matrices * state.matrices.weight + counts.rest * state.rest.weight
-    n_calls = 2 * config.n_layer + 1
-    found = []
-
-    def add(what: str, when: str, n_bytes: int, repeated: bool) -> None:
-        scope = way.weights if way.is_hierarchical else ALL
-        sizes = _spread(n_bytes, scope, layout, n_calls)
-        found.append(Exchange(what=what, when=when, times=n_micro_steps if repeated else 1, **sizes))
-
     if way.weights != WHOLE:
-        add("gather weights, forward", "forward", weights, True)
-        add("gather weights, backward", "backward", weights, True)
-    sharded = way.gradients != WHOLE
-    # Without ZeRO, DeepSpeed averages gradients once the backward pass is over.
-    once = "end" if way.optimizer == WHOLE else "last backward"
-    add("scatter gradients", "backward" if sharded else once, weights, sharded)
-    if way.weights == WHOLE and way.optimizer != WHOLE:
-        add("gather updated weights", "end", weights, False)
-    elif way.weights == WHOLE:
-        add("gather gradients", "end", weights, False)
+        return _of_sharded_weights(config, way, layout, n_micro_steps)
+    return _of_whole_weights(config, way, layout, n_micro_steps)
+
+
+def _of_sharded_weights(config: PriorConfig, way: Way, layout: Layout, n_micro_steps: int) -> list[Exchange]:
+    """ZeRO 3. Weights that are still there from the forward pass are not gathered again for the backward pass, which
+    recomputes activations with the same ones (Section 2.5)."""
+    buckets, n = way.buckets_for(config.dim), count_parameters(config).total
+    n_bytes, scope = _weight_bytes(config, way, layout.group_size(way.weights)), way.weights
+    again = 1 - live_elements(config, way, layout) / n
+    # What is gathered ahead has gains and biases among it: a call for each dtype.
+    n_gathers = _n_dtypes(way) * _n_buckets(n, buckets.prefetch)
+    n_scatters = _n_buckets(n, buckets.reduce) + _n_dtypes(way) - 1
+    found = [_exchange("gather weights, forward", "forward", GATHER, scope, n_bytes, n_gathers, n_micro_steps)]
+    if again:
+        part = round(again * n_bytes), math.ceil(again * n_gathers)
+        found.append(_exchange("gather weights, backward", "backward", GATHER, scope, *part, n_micro_steps))
+    found.append(_exchange("scatter gradients", "backward", SCATTER, scope, n_bytes, n_scatters, n_micro_steps))
     if way.is_hierarchical and layout.n_machines > 1:
-        found.append(_between(config, way, layout, wire))
+        found += _averages(config, way, layout, "last backward", REPLICAS)
     return found
 
 
-def _spread(n_bytes: int, scope: str, layout: Layout, n_calls: int) -> dict[str, float]:
-    m, n = layout.machine_size, layout.n_machines
-    sizes = {"inside": n_bytes * (m - 1) / m, "inside_latency": n_calls * (m - 1) * MACHINE_LATENCY}
-    if scope == ALL:
-        sizes |= {"between": n_bytes * (n - 1) / (n * m), "between_latency": n_calls * (n - 1) * NETWORK_LATENCY}
-    return sizes
+def _of_whole_weights(config: PriorConfig, way: Way, layout: Layout, n_micro_steps: int) -> list[Exchange]:
+    """ZeRO 0, 1 and 2; a compressor averages all gradients before the update."""
+    n, n_bytes = count_parameters(config).total, _weight_bytes(config, way, 1)
+    if way.compressor:
+        found = _averages(config, way, layout, "end", ALL)
+    else:
+        when = "backward" if way.gradients != WHOLE else "last backward" if way.overlaps else "end"
+        n_calls = _n_buckets(n, way.buckets_for(config.dim).reduce)
+        found = [_exchange("average gradients", when, AVERAGE, ALL, n_bytes, n_calls, n_micro_steps)]
+    if way.optimizer != WHOLE:
+        found.append(_exchange("gather updated weights", "end", GATHER, ALL, n_bytes, N_GROUPS))
+    return found
 
 
-def _between(config: PriorConfig, way: Way, layout: Layout, wire: str) -> Exchange:
-    """The average between machines: an all-reduce, of 2 log2(n) hops; in 1-6-9 all-to-all and all-gather, of n - 1."""
-    n = layout.n_machines
-    rank = layout.matrix_rank if way.is_compressed else 0
-    payload = bytes_between_machines(config, layout.machine_size, n, rank, wire)
-    hops = 2 * (n - 1) if wire == CODED_WIRE else 2 * math.ceil(math.log2(n))
+def _averages(config: PriorConfig, way: Way, layout: Layout, when: str, scope: str) -> list[Exchange]:
+    """A compressor's: of matrices or their factors, and of all the rest."""
+    payload, what = payload_of(config, way, layout), "average P and Q" if way.is_compressed else "average matrices"
+    collective = CODED_AVERAGE if way.wire == CODED_WIRE else AVERAGE
+    return [
+        _exchange(what, when, collective, scope, payload.matrix_bytes, payload.n_calls - 1),
+        _exchange("average the rest", when, AVERAGE, scope, payload.whole_bytes, 1),
+    ]
+
+
+def _exchange(
+    what: str, when: str, collective: str, scope: str, n_bytes: int, n_calls: int, n_micro_steps: int = 1
+) -> Exchange:
     return Exchange(
-        what="average between machines",
-        when="last backward",
-        times=1,
-        inside=0.0,
-        between=2 * payload.total * (n - 1) / n,
-        between_latency=payload.n_calls * hops * NETWORK_LATENCY,
+        what=what,
+        when=when,
+        times=n_micro_steps if when in ("forward", "backward") else 1,
+        collective=collective,
+        scope=scope,
+        n_bytes=n_bytes,
+        n_calls=n_calls,
     )
+
+
+def payload_of(config: PriorConfig, way: Way, layout: Layout) -> Payload:
+    """What a way's compressor averages in an update."""
+    n_shards = layout.group_size(way.weights)
+    rank = (way.matrix_rank or layout.matrix_rank) if way.is_compressed else 0
+    return bytes_between_machines(config, n_shards, layout.n_gpus // n_shards, rank, way.wire)
+
+
+def _weight_bytes(config: PriorConfig, way: Way, n_shards: int) -> int:
+    """All weights as they are stored, with the padding of their shards."""
+    matrices, rest = sharded_counts(config, n_shards)
+    return n_shards * (matrices * way.state.matrices.weight + rest * way.state.rest.weight)
+
+
+def _n_buckets(n: int, bucket: int) -> int:
+    return math.ceil(n / max(1, bucket))
+
+
+def _n_dtypes(way: Way) -> int:
+    return 1 + (way.state.matrices.weight != way.state.rest.weight)
