@@ -83,6 +83,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: go on from the newest checkpoint in --out; s3://bucket/prefix: from the newest one that "
         "--loop.upload left there, unless --out has a newer one (default: none)",
     )
+    parser.add_argument(
+        "--allow_change",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="settings in which a resumed run may differ from its checkpoint: optimizer.params.lr, data.train, ...",
+    )
     parser.add_argument("--preset", default="tiny", help="named sizes and schedules that the flags below change")
     # The deepspeed launcher adds this; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -82,6 +82,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def read_weights(run, *, averaged=False):
+    """The whole weights by name, of the newest checkpoint of a run folder; their average, where it has one."""
+    from dalle_ds.models.weights import open_weights, read_description
+
+    with open_weights(run, read_description(Path(run))["kind"], averaged=averaged) as weights:
+        assert weights.is_average or not averaged
+        return {name: tensor.clone() for name, tensor in weights.tensors()}
+
+
 def call_commands(*commands):
     """Runs `dalle-ds` with each list of arguments in turn; returns exit code, standard output and error of each.
 

@@ -1,4 +1,4 @@
-"""The running average: its arithmetic; the same on any rank, ZeRO stage and precision; in and out of its file."""
+"""The running average: its arithmetic; the same on any rank, ZeRO stage and precision; in and out of its pieces."""
 
 import itertools
 import threading
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_distributed
-from safetensors.torch import load_file
 from torch import nn
 
+from dalle_ds.storage.pieces import PieceReader, write_pieces
 from dalle_ds.training import averaging
 from dalle_ds.training.averaging import ParameterAverage
 
@@ -101,6 +101,12 @@ def test_in_use_the_model_is_the_average_and_afterwards_bit_for_bit_what_it_was(
     assert all(t.equal(k) for t, k in zip(average.tensors, kept, strict=True))
 
 
+def reader_of(average, path):
+    """The pieces of an average on one rank, as a checkpoint has them."""
+    write_pieces(path, average.pieces(), {})
+    return PieceReader([path])
+
+
 def test_decay_0_keeps_nothing_and_is_the_weights_themselves(tmp_path):
     model = Tiny()
     average = ParameterAverage(plain_engine(model), 0.0)
@@ -109,9 +115,10 @@ def test_decay_0_keeps_nothing_and_is_the_weights_themselves(tmp_path):
     assert average.tensors == []
     with average.in_use():
         assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
-    average.save(tmp_path / "averaged.safetensors")
-    average.load(tmp_path / "averaged.safetensors")
-    assert not list(tmp_path.iterdir())
+    assert list(average.pieces()) == []
+    with reader_of(average, tmp_path / "pieces") as pieces:
+        average.load(average.state_dict(), pieces)
+    assert average.tensors == []
 
 
 # --- beside training --------------------------------------------------------------------------------------------------
@@ -202,23 +209,32 @@ def test_what_fails_in_the_thread_is_raised_where_the_average_is_next_needed(mon
         average.update()
 
 
-def test_an_average_of_16_bit_weights_comes_back_from_its_file_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    model, path = Tiny().bfloat16(), tmp_path / "averaged.safetensors"
+def test_an_average_of_16_bit_weights_comes_back_exactly(tmp_path):
+    model = Tiny().bfloat16()
     average = ParameterAverage(plain_engine(model), DECAY)
     for step in range(3):
         move(model, step)
         average.update()
     before, kept = [p.detach().clone() for p in model.parameters()], [t.clone() for t in average.tensors]
-    average.save(path)
-    saved = load_file(path)
-    for (name, _), tensor in zip(model.named_parameters(), kept, strict=True):
-        assert saved[name].equal(tensor), "not rounded to the weights' bits"
-    average.restart()
-    average.load(path)
+    state = average.state_dict()
+    with reader_of(average, tmp_path / "pieces") as pieces:
+        average.restart()
+        average.load(state, pieces)
+    assert {tensor.dtype for tensor in average.tensors} == {torch.float32}, "not rounded to the weights' bits"
     assert all(tensor.equal(k) for tensor, k in zip(average.tensors, kept, strict=True))
     assert (average.n_steps, average.n_updates) == (3, 3)
     assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_run_that_kept_no_average_begins_one_at_its_present_weights(tmp_path):
+    model = Tiny()
+    none, average = (ParameterAverage(plain_engine(model), decay) for decay in (0.0, DECAY))
+    average.update()
+    move(model, 1)
+    with reader_of(none, tmp_path / "pieces") as pieces:
+        average.load(none.state_dict(), pieces)
+    assert (average.n_steps, average.n_updates) == (0, 0)
+    assert all(tensor.equal(p) for tensor, p in zip(average.tensors, model.parameters(), strict=True))
 
 
 # --- under DeepSpeed --------------------------------------------------------------------------------------------------
@@ -266,23 +282,43 @@ def train_with_average(folder, cases):
     return results
 
 
-def check_it_goes_on_elsewhere(path, ranks, stage, precision):
+def save(engine, average, run):
+    """The whole average by name, as a checkpoint has it; every rank reads all of it."""
+    from dalle_ds.storage.folders import open_pieces
+    from dalle_ds.training.checkpoint import save_checkpoint
+
+    checkpoint = save_checkpoint(engine, run, STEPS, average.state_dict(), 1, pieces=average.pieces())
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+    with open_pieces(checkpoint) as pieces:
+        return checkpoint, {
+            name: pieces.read(name, "average", 0, shape.numel()).view(shape).clone() for name, shape in shapes.items()
+        }
+
+
+def load(engine, average, checkpoint):
+    from dalle_ds.training.checkpoint import load_checkpoint
+
+    load_checkpoint(engine, checkpoint, average.load)
+
+
+def check_it_goes_on_elsewhere(run, ranks, stage, precision):
     """What one stage has saved, another takes up bit for bit, with its number of updates."""
+    from dalle_ds.storage.folders import complete_checkpoints, open_pieces
     from dalle_ds.training.construction import build_engine
 
     engine = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size, stage, precision), 4)
     average = ParameterAverage(engine, DECAY)
-    average.load(path)
-    again = path.with_name(f"{path.name}-in-{stage}-{precision}")
-    average.save(again)
-    torch.distributed.barrier()
-    saved = load_file(path)
-    assert all(tensor.equal(saved[name]) for name, tensor in load_file(again).items()), again
+    [checkpoint] = complete_checkpoints(run)
+    load(engine, average, checkpoint)
+    _, again = save(engine, average, run.with_name(f"{run.name}-in-{stage}-{precision}"))
+    with open_pieces(checkpoint) as pieces:
+        for name, tensor in again.items():
+            assert tensor.flatten().equal(pieces.read(name, "average", 0, tensor.numel())), name
     assert average.n_updates == STEPS
     engine.destroy()
 
 
-def train_one(path, ranks, stage, precision):
+def train_one(run, ranks, stage, precision):
     from dalle_ds.training.construction import build_engine
     from dalle_ds.training.engine import backward
     from dalle_ds.training.whole_weights import whole_weights
@@ -310,9 +346,7 @@ def train_one(path, ranks, stage, precision):
         assert master.dtype == torch.float32
         assert master.to(before[name].dtype).equal(before[name]), "the model computes with a copy of the masters"
         assert master.equal(before[name].float()) == (precision == "fp32"), "which are finer in 16-bit training"
-    average.save(path)
-    torch.distributed.barrier()
-    saved = load_file(path)
+    checkpoint, saved = save(engine, average, run)
     for name, e in expected.items():
         torch.testing.assert_close(saved[name].double(), e, rtol=0, atol=LERP_TOLERANCE)
     with average.in_use():
@@ -320,14 +354,11 @@ def train_one(path, ranks, stage, precision):
             assert used.equal(saved[name].to(used.dtype)), name
     assert all(used.equal(before[name]) for name, used in weights_in_use(engine).items())
     average.restart()
-    average.load(path)
-    average.save(path.with_name("again"))
-    torch.distributed.barrier()
-    assert all(again.equal(saved[name]) for name, again in load_file(path.with_name("again")).items()), "bit for bit"
+    load(engine, average, checkpoint)
+    _, again = save(engine, average, run.with_name(f"{run.name}-again"))
+    assert all(tensor.equal(saved[name]) for name, tensor in again.items()), "bit for bit"
     assert (average.n_steps, average.n_updates) == (STEPS, STEPS)
     assert all(used.equal(before[name]) for name, used in weights_in_use(engine).items())
-    average.load(path.with_name("none"))
-    assert average.n_updates == 0, "a run that kept no average begins one at its present weights"
     engine.destroy()
     return losses, applied, saved
 

@@ -20,6 +20,7 @@ BAD_JSONS = {
     "malformed": '{"optimizer": {,}}',
     "stage-x": {"zero_optimization": {"stage": "x"}},
     "micro-x": {"train_micro_batch_size_per_gpu": "x"},
+    "other-lr": {"optimizer": {**GOOD_JSON["optimizer"], "params": {**GOOD_JSON["optimizer"]["params"], "lr": 0.5}}},
     "lr-x": {"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}},
 }
 # What is changed in a command that would work (the last of two equal flags counts), and what the line must say.
@@ -53,7 +54,7 @@ CASES = {
     "train-prior --deepspeed_config {bad}/micro-x.json": ["micro-x.json", "per_gpu 'x'", "whole number"],
     "train-prior --deepspeed_config {bad}/lr-x.json": ["lr-x.json", "optimizer.params.lr 'fast'", "a number"],
     "train-dvae --deepspeed_config {zero3}": [
-        "cpu_zero3.json: a warm start and --init_from need whole",
+        "cpu_zero3.json: a warm start needs whole",
         "warm_start_steps 0",
     ],
     # models that do not belong together
@@ -86,6 +87,10 @@ CASES = {
     "train-prior --out {chain}/prior --resume auto --data.train {bad}/other_tokens": [
         "tokens of another dVAE",
         "--out",
+    ],
+    "train-prior --out {chain}/prior --resume auto --deepspeed_config {bad}/other-lr.json --caption_dropout 0.5": [
+        "caption_dropout was 0.1 and is 0.5; optimizer.params.lr was 0.004 and is 0.5",
+        "--allow_change caption_dropout optimizer.params.lr",
     ],
     "train-prior --out {chain}/dvae --resume auto": ["dvae holds a dvae run, not a prior run", "--out"],
     "train-dvae --out {bad}/file": ["file is a file", "name a folder"],

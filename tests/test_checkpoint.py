@@ -9,8 +9,6 @@ import torch
 from helpers import run_distributed
 from torch import nn
 
-from dalle_ds.training.run import write_run
-
 N_IN, GLOBAL_BATCH, N = 6, 8, 3
 # Sums over ranks and shards in another order, in float32, and on weights that were rounded to 11 and to 8 bits.
 LOSS_TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
@@ -114,12 +112,6 @@ def same(first, second):
     )
 
 
-def off(engine):
-    from dalle_ds.training.averaging import ParameterAverage
-
-    return ParameterAverage(engine, decay=0.0)
-
-
 def stop_and_go_on(folder, cases):
     """Of each (stage, precision, optimizer): whether N + N steps are 2N, bit for bit; and the losses of the last N."""
     from dalle_ds.training.checkpoint import load_checkpoint, save_checkpoint
@@ -131,11 +123,11 @@ def stop_and_go_on(folder, cases):
             engine = build(ranks.world_size, *case, 0)
             train(engine, ranks, range(N))
             saved = snapshot(engine)
-            path = save_checkpoint(engine, folder_of(folder, case), N, {"reader": 7}, 2, off(engine))
+            path = save_checkpoint(engine, folder_of(folder, case), N, {"reader": 7}, 2)
             unchanged = same(saved, snapshot(engine))
             losses = train(engine, ranks, range(N, 2 * N))
             other = build(ranks.world_size, *case, 1)
-            state = load_checkpoint(other, path, off(other))
+            state = load_checkpoint(other, path)
             came_back = same(saved, snapshot(other))
             went_on = train(other, ranks, range(N, 2 * N)) == losses and same(snapshot(engine), snapshot(other))
             results[case] = (unchanged, came_back, went_on, state, losses, saved[3])
@@ -150,14 +142,15 @@ def folder_of(folder, case):
 
 def go_on(folder, cases, accumulation=1):
     """The losses of N more steps of each (checkpoint, shape to go on in)."""
-    from dalle_ds.training.checkpoint import complete_checkpoints, load_checkpoint
+    from dalle_ds.storage.folders import complete_checkpoints
+    from dalle_ds.training.checkpoint import load_checkpoint
     from dalle_ds.training.distributed import process_group
 
     results = []
     with process_group() as ranks:
         for before, after in cases:
             engine = build(ranks.world_size, *after, 1, accumulation)
-            load_checkpoint(engine, complete_checkpoints(folder_of(folder, before))[-1], off(engine))
+            load_checkpoint(engine, complete_checkpoints(folder_of(folder, before))[-1])
             # Smaller parts of the batch have larger gradients: the restored scale might be too large for them.
             for scaler in ("loss_scale_config", "loss_scaler"):
                 if hasattr(getattr(engine.optimizer, scaler, None), "cur_scale") and after[1] == "fp16":
@@ -228,6 +221,53 @@ def test_accumulation_may_change(stopped):
     assert losses[0] == pytest.approx(results[case][4], abs=LOSS_TOLERANCE["fp32"])
 
 
+def begin_with(folder, cases, decay):
+    """Of each (checkpoint, shape to begin in) whether each rank's model and masters begin at its weights, rounded.
+
+    The checkpoint's average is other weights where `decay` is not 0.
+    """
+    from dalle_ds.storage.folders import complete_checkpoints, open_pieces
+    from dalle_ds.training.averaging import ParameterAverage
+    from dalle_ds.training.checkpoint import load_weights, save_checkpoint
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.engine import whole_model
+    from dalle_ds.training.whole_weights import whole_weights
+
+    results = []
+    with process_group() as ranks:
+        first = build(ranks.world_size, 1, "fp32", "AdamW", 0)
+        average = ParameterAverage(first, decay)
+        train(first, ranks, range(1))
+        checkpoint = save_checkpoint(first, folder, 1, {}, 1, pieces=average.pieces())
+        expected = {}
+        with open_pieces(checkpoint) as pieces:
+            for name, parameter in first.module.named_parameters():
+                kind = "average" if decay else "weight"
+                expected[name] = pieces.read(name, kind, 0, parameter.numel()).view(parameter.shape).clone()
+        assert [checkpoint] == complete_checkpoints(folder)
+        first.destroy()
+        for case in cases:
+            engine = build(ranks.world_size, *case, 1)
+            load_weights(engine, checkpoint)
+            masters = all(master.equal(expected[name]) for name, master in whole_weights(engine))
+            with whole_model(engine) as model:
+                used = all(p.equal(expected[name].to(p.dtype)) for name, p in model.named_parameters())
+            losses = train(engine, ranks, range(N))
+            results.append((masters, used, losses, engine.global_steps))
+            engine.destroy()
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_new_run_begins_at_the_weights_of_another_or_their_average_in_any_shape(tmp_path, decay):
+    cases = [(stage, precision, "AdamW") for stage in range(4) for precision in ("fp32", "bf16")]
+    for results in run_distributed(begin_with, 2, tmp_path, cases, decay):
+        for case, (masters, used, losses, steps) in zip(cases, results, strict=True):
+            assert (masters, used, steps) == (True, True, N), case
+            assert losses == pytest.approx(results[0][2], abs=LOSS_TOLERANCE[case[1]]), case
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +280,7 @@ def save_badly(folder, failures):
     with process_group() as ranks:
         engine = build(ranks.world_size, 3, "fp32", "AdamW", 0)
         train(engine, ranks, range(1))
-        checkpoint.save_checkpoint(engine, run, 1, {}, 1, off(engine))
+        checkpoint.save_checkpoint(engine, run, 1, {}, 1)
         for rank, function, error, free in failures:
             real = getattr(checkpoint, function)
 
@@ -253,7 +293,7 @@ def save_badly(folder, failures):
             if free is not None:
                 shutil.disk_usage = lambda path, free=free: shutil._ntuple_diskusage(9, 9, free)
             try:
-                checkpoint.save_checkpoint(engine, run, 2, {}, 1, off(engine))
+                checkpoint.save_checkpoint(engine, run, 2, {}, 1)
                 results.append(None)
             except Exception as raised:
                 results.append((type(raised).__name__, str(raised)))
@@ -262,7 +302,7 @@ def save_badly(folder, failures):
             setattr(checkpoint, function, real)
             shutil.disk_usage = real_usage
             torch.distributed.barrier()
-        checkpoint.save_checkpoint(engine, run, 2, {}, 1, off(engine))
+        checkpoint.save_checkpoint(engine, run, 2, {}, 1)
         results.append(sorted(path.name for path in (run / "checkpoints").iterdir()))
         engine.destroy()
     return results
@@ -271,11 +311,10 @@ def save_badly(folder, failures):
 FULL = OSError(28, "No space left on device")
 FAILURES = [
     *((rank, "write_pieces", FULL, None) for rank in (0, 1)),
-    (0, "write_tensors", FULL, None),
     (0, "write_json", FULL, None),
     (1, "write_pieces", RuntimeError("I/O error"), 0),  # as others than Python say it
     (1, "write_pieces", RuntimeError("ours"), None),
-    (0, "write_tensors", OSError(5, "Input/output error"), None),
+    (0, "write_json", OSError(5, "Input/output error"), None),
 ]
 
 
@@ -300,9 +339,9 @@ def test_a_save_that_fails_on_any_rank_fails_on_all_and_leaves_the_older_one(tmp
 def refuse(folder, case):
     """What loading says of a checkpoint that lacks parts of a weight, and of one of an earlier version."""
     from dalle_ds.config import InputError
+    from dalle_ds.storage.folders import MARKER
     from dalle_ds.training.checkpoint import load_checkpoint
     from dalle_ds.training.distributed import process_group
-    from dalle_ds.training.folders import MARKER
 
     said = []
     with process_group() as ranks:
@@ -315,7 +354,7 @@ def refuse(folder, case):
                 (folder / MARKER).write_text(json.dumps({**content, "files": files} if marker else {"step": N}))
             torch.distributed.barrier()
             with pytest.raises(InputError) as error:
-                load_checkpoint(engine, folder, off(engine))
+                load_checkpoint(engine, folder)
             said.append(str(error.value))
         engine.destroy()
     return said
@@ -327,7 +366,7 @@ def test_what_is_missing_is_named_on_every_rank(stopped, tmp_path):
     folder = shutil.copytree(folder_of(stopped[0], case) / "checkpoints/step-00000003", tmp_path / "step-00000003")
     for missing, old in run_distributed(refuse, 2, folder, case):
         assert "lacks elements 21 to 42 of first.weight (weight)" in missing
-        assert "was written by an earlier version" in old
+        assert "was written by another version" in old
 
 
 def generators(folder, save):
@@ -340,7 +379,7 @@ def generators(folder, save):
         engine = build(ranks.world_size, 0, "fp32", "AdamW", 1)
         torch.manual_seed(ranks.rank)
         if save:
-            save_checkpoint(engine, folder, 1, {}, 1, off(engine), rank_state=generator_states())
+            save_checkpoint(engine, folder, 1, {}, 1, rank_state=generator_states())
         expected = torch.rand(3).tolist()
         torch.manual_seed(9)
         restore_generators(load_rank_state(folder / "checkpoints/step-00000001"))
@@ -370,9 +409,9 @@ def killed_while_saving(folder, rank, module, function, after):
     with process_group() as ranks:
         engine = build(ranks.world_size, 3, "fp32", "AdamW", 0)
         train(engine, ranks, range(1))
-        save_checkpoint(engine, folder, 1, {}, 1, off(engine))
+        save_checkpoint(engine, folder, 1, {}, 1)
         train(engine, ranks, range(1, 2))
-        place = importlib.import_module(f"dalle_ds.training.{module}")
+        place = importlib.import_module(f"dalle_ds.{module}")
         real = getattr(place, function)
 
         def fatal(*arguments, **keywords):
@@ -382,7 +421,7 @@ def killed_while_saving(folder, rank, module, function, after):
 
         if ranks.rank == rank:
             setattr(place, function, fatal)
-        save_checkpoint(engine, folder, 2, {}, 1, off(engine))
+        save_checkpoint(engine, folder, 2, {}, 1)
 
 
 def resume_after_kill(folder):
@@ -394,9 +433,9 @@ def resume_after_kill(folder):
     with process_group() as ranks:
         for run in sorted(Path(folder).iterdir()):
             engine = build(ranks.world_size, 3, "fp32", "AdamW", 1)
-            start, _ = load_checkpoint(engine, open_run(run, "auto"), off(engine))
+            start, _ = load_checkpoint(engine, open_run(run, "auto"))
             losses = train(engine, ranks, range(start, 3))
-            save_checkpoint(engine, run, 3, {}, 1, off(engine))
+            save_checkpoint(engine, run, 3, {}, 1)
             left = sorted(path.name for path in (run / "checkpoints").iterdir())
             steps.append((run.name, start, losses[-1], left))
             engine.destroy()
@@ -404,18 +443,17 @@ def resume_after_kill(folder):
 
 
 KILLS = {
-    "0-begun": (0, "folders", "begin", True, 1),
-    "1-shard": (1, "checkpoint", "write_pieces", False, 1),
-    "3-weights": (0, "checkpoint", "write_tensors", False, 1),
-    "4-read-again": (1, "checkpoint", "_read_again", True, 1),
-    "5-published": (0, "folders", "publish", True, 2),
+    "0-begun": (0, "storage.folders", "begin", True, 1),
+    "1-shard": (1, "training.checkpoint", "write_pieces", False, 1),
+    "2-documents": (0, "training.checkpoint", "write_json", True, 1),
+    "3-read-again": (1, "training.checkpoint", "_read_again", True, 1),
+    "4-published": (0, "storage.folders", "publish", True, 2),
 }
 
 
 @pytest.mark.slow
 def test_a_rank_killed_at_any_point_of_a_save_costs_no_checkpoint(tmp_path):
     for name, (rank, module, function, after, _) in KILLS.items():
-        write_run(tmp_path / name, "prior", {}, {})
         with pytest.raises(Exception, match=r"SIGKILL|signal 9|terminated"):
             run_distributed(killed_while_saving, 2, tmp_path / name, rank, module, function, after)
     results = run_distributed(resume_after_kill, 2, tmp_path)[0]

@@ -126,18 +126,32 @@ def test_a_traceback_can_be_asked_for(command, monkeypatch):
         cli.main(["fake"])
 
 
-@pytest.mark.parametrize("arguments", [["paint"], [], ["--paint"], ["fake", "--number", "many"], ["fake", "--paint"]])
-def test_an_unknown_command_or_flag_exits_with_2(command, capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
-    assert "usage: dalle-ds" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "dalle-ds: error: the following arguments are required: COMMAND; see dalle-ds --help"),
+        (["--paint"], "dalle-ds: error: the following arguments are required: COMMAND; see dalle-ds --help"),
+        (
+            ["fake", "--number", "many"],
+            "dalle-ds fake: error: argument --number: invalid int value: 'many'; see dalle-ds fake --help",
+        ),
+        (["fake", "--paint"], "dalle-ds fake: error: unrecognized arguments: --paint; see dalle-ds fake --help"),
+        (
+            ["fake", "--number"],
+            "dalle-ds fake: error: argument --number: expected one argument; see dalle-ds fake --help",
+        ),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(command, capsys, arguments, said):
+    """Bug: it was preceded by the usage of all flags, up to 57 lines."""
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr() == ("", f"{said}\n")
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["paint"])
+    assert cli.main(["paint"]) == 2
     message = capsys.readouterr().err
+    assert message.count("\n") == 1
     assert "'paint'" in message
     for name in COMMANDS:
         assert name in message
@@ -150,9 +164,22 @@ def test_version_is_shown(capsys):
     assert dalle_ds.__version__ in capsys.readouterr().out
 
 
-def test_a_launch_script_passes_its_own_arguments_and_exits_with_the_code(command, monkeypatch):
+@pytest.mark.parametrize(("number", "said"), [("3", "x"), ("many", "argument --number: invalid int value: 'many'")])
+def test_a_launch_script_passes_its_own_arguments_and_exits_with_the_code(command, monkeypatch, capsys, number, said):
     command.error = InputError("x")
-    monkeypatch.setattr(sys, "argv", ["launch/fake.py", "--number", "3"])
+    monkeypatch.setattr(sys, "argv", ["launch/fake.py", "--number", number])
     with pytest.raises(SystemExit) as stop:
         cli.launch("fake")
     assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dalle-ds fake: error: {said}")
+    assert error.count("\n") == 1
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-m", "dalle_ds.cli", "plan", "--gpus", "64"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (0, 141)

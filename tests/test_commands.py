@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GRID_SIZE, N_PIECES, N_TRAIN, VOCAB_SIZE, run_here, run_in_ranks
+from helpers import read_weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from dalle_ds.data.sources import open_source
 from dalle_ds.tokenizer import Tokenizer
@@ -30,10 +30,6 @@ def read_json(path):
 def read_lines(run, kind):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
-
-
-def read_weights(run):
-    return load_file(sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1])
 
 
 def assert_same_weights(first, second):
@@ -175,6 +171,50 @@ def test_a_prior_that_goes_on_ends_with_the_weights_of_an_unbroken_run(chain, tm
 
 
 @pytest.mark.slow
+def test_a_change_that_is_allowed_is_told_of_and_belongs_to_the_run_from_there_on(chain, tmp_path):
+    run, change = tmp_path / "run", ["--loop.steps", "3", "--resume", "auto", "--caption_dropout", "0.5"]
+    again = [*change, "--allow_change", "caption_dropout"]
+    _, (first, _), (second, _) = run_in_ranks(
+        1,
+        chain.train_prior(run, "--loop.steps", "2"),
+        chain.train_prior(run, *again),
+        chain.train_prior(run, *change),
+    )
+    assert f"{run} goes on with changes that were allowed: caption_dropout was 0.1 and is 0.5" in first
+    assert "that were allowed" not in second
+    for folder in (run, run / "checkpoints/step-00000003"):
+        assert read_json(folder / "config.json")["config"]["caption_dropout"] == 0.5
+    assert read_json(run / "checkpoints/step-00000002/config.json")["config"]["caption_dropout"] == 0.1
+
+
+FAILING = """
+import dataclasses, sys
+from dalle_ds.commands import train_prior
+real = train_prior.make_stage
+
+def fail(model, path):
+    raise RuntimeError("no picture")
+
+train_prior.make_stage = lambda *arguments: dataclasses.replace(real(*arguments), sample=fail)
+from dalle_ds.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_when_it_shows_its_last_pictures_has_saved_before(chain, tmp_path):
+    """Bug: the last checkpoint came last, and all since the one before was lost."""
+    command = [sys.executable, "-c", FAILING, *chain.train_prior(tmp_path / "run")]
+    done = subprocess.run(
+        [str(word) for word in command], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "no picture" in done.stderr
+    [(said, _)] = run_in_ranks(1, chain.train_prior(tmp_path / "run", "--resume", "auto"))
+    assert "nothing to do, 3 steps are done" in said
+
+
+@pytest.mark.slow
 def test_a_dvae_goes_on_after_and_inside_its_warm_start(chain, tmp_path):
     """The warm start has checkpoints of its own; a run that stopped right after it makes the codebook again."""
     whole, broken, early = tmp_path / "whole", tmp_path / "broken", tmp_path / "early"
@@ -220,6 +260,8 @@ def test_the_deepspeed_launcher_trains_with_two_processes(chain, tmp_path, stage
     assert read_json(checkpoint / "state.json")["reader"]["epoch"] >= 0
     marker = read_json(checkpoint / "complete.json")
     assert (marker["step"], marker["world_size"]) == (3, 2)
+    for name in ("config.json", "ds_config.json"):
+        assert read_json(checkpoint / name) == read_json(out / name)
     assert (out / "samples/step-00000003.png").exists()
     assert (out / "tokenizer.model").exists() == (stage == "prior")
 

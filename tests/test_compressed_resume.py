@@ -1,6 +1,7 @@
 """Hierarchical runs with PowerSGD that stop and go on: on other machines the error buffers are taken up whole."""
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers import run_distributed
 from test_construction import ds_config, make_engine, train
@@ -36,15 +37,16 @@ def make_state(world_size, machine_size, sections, seed=0):
 
 def whole_errors(engine):
     """Mean error buffers over machines, of whole parameters; they become that mean on each machine, as in a save."""
-    from dalle_ds.training.portable import Piece
-    from dalle_ds.training.whole_weights import whole_weights
-
     path = engine.extras.path
-    errors = path.compressor.state_dict(path.between).get("errors", {})
-    ordinal = dist.get_rank(path.inside)
-    pieces = [Piece(name, "error", ordinal * error.numel(), error.view(-1)) for name, error in errors.items()]
-    wholes = dict(whole_weights(engine, pieces))
-    return {name: wholes[name] for name in errors}
+    pieces = [None] * dist.get_world_size()
+    dist.all_gather_object(pieces, [(piece.name, piece.begin, piece.tensor.float()) for piece in path.pieces()])
+    errors = {name: torch.zeros(p.ds_numel) for name, p in engine.module.named_parameters()}
+    held = {name for of_rank in pieces for name, _, _ in of_rank}
+    for of_rank in pieces:
+        for name, begin, tensor in of_rank:
+            errors[name][begin : begin + len(tensor)] = tensor[: len(errors[name]) - begin]
+    shapes = {name: p.ds_shape for name, p in engine.module.named_parameters()}
+    return {name: errors[name].view(shapes[name]) for name in held}
 
 
 def follow(engine):

@@ -57,7 +57,10 @@ class Meter:
 
 
 def count(machine_size, compression, stage=3):
-    """Below stage 3 for machines of one. Of this rank: bytes and calls between machines by collective, the compressor's count, entries of no matrix."""
+    """Of this rank: bytes and calls between machines by collective, the compressor's count, entries of no matrix.
+
+    Below stage 3 each process is a machine.
+    """
     from dalle_ds.models.gradient_scaling import resblock_index
     from dalle_ds.models.prior import Prior
     from dalle_ds.training.construction import build_engine

@@ -463,7 +463,7 @@ def test_histograms_are_of_gradients_without_any_scale_however_they_travel():
                 # The biases of keys have no gradient but for rounding.
                 assert abs(difference) < 0.1 or (name, kind) == ("fp16-global", "biases"), name
             elif "matrices" in kind:
-                # The mean over fewer samples is larger: of 1 in 4, twice as large. One micro-step of two has half of it.
+                # The mean over fewer samples is larger: of 1 in 4, twice as large. A micro-step of two has half of it.
                 assert 0 < difference + (name == "accumulated") < 1.5, name
 
 

@@ -49,6 +49,7 @@ def test_every_shipped_config_passes_the_check(path):
         ({"zero_optimization": 3}, ["section 'zero_optimization' must be an object"]),
         ({"optimizer": {"type": "AdamW", "params": {}}}, ["optimizer.params.lr"]),
         ({"optimizer": None}, ["optimizer"]),
+        ({"checkpoint": {"load_universal": True}}, ["'checkpoint'", "a format of their own", "leave it out"]),
         ({"optimizer": {"type": "AdamW", "params": 3}}, ["optimizer"]),
     ],
 )
@@ -60,6 +61,15 @@ def test_a_bad_key_is_named_with_its_section_in_one_line(load, change, named):
     assert "\n" not in message
     for text in named:
         assert text in message
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_what_lies_on_nvme_could_not_be_saved_and_is_refused_before_anything_is_trained(load, name):
+    zero = GOOD["zero_optimization"]
+    for section in ({"device": "cpu"}, {"device": "none"}, None):
+        load({**GOOD, "zero_optimization": {**zero, name: section}})
+    with pytest.raises(InputError, match=rf"ds\.json: zero_optimization\.{name} on NVMe cannot be saved: use cpu"):
+        load({**GOOD, "zero_optimization": {**zero, name: {"device": "nvme", "nvme_path": "/local"}}})
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

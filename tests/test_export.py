@@ -1,15 +1,16 @@
-"""Exported models: the same bytes there and back, a card that says what they are, and one line for what is wrong."""
+"""Exported models: the same weights there and back, a card that says what they are, and one line for what is wrong."""
 
 import json
 import shutil
 
 import pytest
-from conftest import run_here
+from conftest import run_here, run_in_ranks
+from helpers import read_weights
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.cli import main
-from dalle_ds.commands.export import sha256
 from dalle_ds.models.weights import find_weights, fingerprint
+from dalle_ds.storage.files import measure
 
 STAGES = ("dvae", "prior")
 
@@ -24,16 +25,25 @@ def exported(chain, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_model_goes_out_and_comes_back_byte_for_byte(chain, exported, tmp_path, stage):
+def test_a_model_goes_out_and_comes_back_bit_for_bit(chain, exported, tmp_path, stage):
     run_here("import-model", exported / stage, "--out", tmp_path / stage)
-    before, description = find_weights(chain / stage, stage)
-    after, imported = find_weights(tmp_path / stage, stage)
-    assert before.read_bytes() == after.read_bytes() == (exported / stage / "model.safetensors").read_bytes()
-    assert fingerprint(chain / stage, stage) == fingerprint(tmp_path / stage, stage)
+    file = exported / stage / "model.safetensors"
+    averaged = json.loads((exported / stage / "config.json").read_text())["averaged"]
+    written, before, after = (
+        load_file(file),
+        read_weights(chain / stage, averaged=averaged),
+        read_weights(tmp_path / stage),
+    )
+    assert written.keys() == before.keys() == after.keys()
+    assert all(tensor.equal(before[name]) and tensor.equal(after[name]) for name, tensor in written.items())
+    record = measure(file)["sha256"]
+    assert fingerprint(chain / stage, stage) == fingerprint(tmp_path / stage, stage) == record
+    _, description = find_weights(chain / stage, stage)
+    _, imported = find_weights(tmp_path / stage, stage)
     assert imported["config"]["model"] == description["config"]["model"]
     assert imported["n_parameters"] == description["n_parameters"]
     run_here("export", tmp_path / stage, "--out", tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == before.read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow
@@ -71,13 +81,15 @@ def test_the_card_says_what_the_model_is_and_leaves_the_licence_to_its_owner(cha
 
 @pytest.mark.slow
 def test_the_average_goes_out_and_the_last_weights_on_request(chain, tmp_path):
-    run = shutil.copytree(chain / "prior", tmp_path / "run")
-    last, _ = find_weights(run, "prior", averaged=False)
-    save_file({name: tensor + 1 for name, tensor in load_file(last).items()}, last.with_name("averaged.safetensors"))
-    for flags, file in (([], "averaged.safetensors"), (["--last_weights"], "model.safetensors")):
-        run_here("export", run, "--out", tmp_path / file, *flags)
-        assert (tmp_path / file / "model.safetensors").read_bytes() == last.with_name(file).read_bytes()
-        assert json.loads((tmp_path / file / "config.json").read_text())["averaged"] == (not flags)
+    run = tmp_path / "run"
+    run_in_ranks(1, chain.train_prior(run, "--averaging", 0.9, "--averaging_every", 1))
+    averaged, last = (read_weights(run, averaged=averaged) for averaged in (True, False))
+    assert not all(tensor.equal(last[name]) for name, tensor in averaged.items())
+    for flags, expected in (([], averaged), (["--last_weights"], last)):
+        out = tmp_path / f"out{len(flags)}"
+        run_here("export", run, "--out", out, *flags)
+        assert all(tensor.equal(expected[name]) for name, tensor in load_file(out / "model.safetensors").items())
+        assert json.loads((out / "config.json").read_text())["averaged"] == (not flags)
 
 
 def refused(capsys, *command):
@@ -104,7 +116,19 @@ def test_what_is_wrong_is_said_in_one_line_and_leaves_nothing(chain, exported, t
     weights.popitem()
     save_file(weights, spoilt / "model.safetensors")
     assert "its SHA-256 differs" in refused(capsys, "import-model", spoilt, *out)
-    settings["sha256"] = sha256(spoilt / "model.safetensors")
+    settings["sha256"] = measure(spoilt / "model.safetensors")["sha256"]
     (spoilt / "config.json").write_text(json.dumps(settings))
     assert "does not fit its config.json" in refused(capsys, "import-model", spoilt, *out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spoilt"]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_not_exported(chain, tmp_path, capsys):
+    """Bug: it was, with the checksum of what was damaged."""
+    run = shutil.copytree(chain / "prior", tmp_path / "run")
+    [shard] = run.glob("checkpoints/*/shards/*")
+    content = shard.read_bytes()
+    for damaged, said in ((content[:-5] + b"spoil", "has another checksum"), (content[:200], "has 200 bytes")):
+        shard.write_bytes(damaged)
+        assert said in refused(capsys, "export", run, "--out", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -16,13 +16,15 @@ FLOORS = {
     "flags": {"config", "presets"},
     "tokenizer": FIRST,
     "planner": FIRST,
-    "models": FIRST,
-    "data": FIRST | {"tokenizer"},
+    "storage": {"config"},
+    "models": FIRST | {"storage"},
+    "data": FIRST | {"storage", "tokenizer"},
     "generation": FIRST | {"tokenizer", "models"},
     "evaluation": FIRST | {"tokenizer", "models", "generation", "data.scenes"},
-    "reporting": FIRST | {"evaluation"},
-    "training": FIRST,
-    "commands": FIRST | {"tokenizer", "planner", "models", "data", "generation", "evaluation", "reporting", "training"},
+    "reporting": FIRST | {"evaluation", "storage"},
+    "training": FIRST | {"storage"},
+    "commands": FIRST
+    | {"tokenizer", "planner", "storage", "models", "data", "generation", "evaluation", "reporting", "training"},
     "cli": {"commands", "config"},
 }
 KERNELS = {  # part of dalle_ds -> what it may import of dalle_kernels
@@ -39,7 +41,9 @@ HOMES = {
     "triton": (
         "kernels/dalle_kernels/attention/kernels.py",
         "kernels/dalle_kernels/attention/ops.py",
+        "kernels/dalle_kernels/compression/adam_kernels.py",
         "kernels/dalle_kernels/compression/codec_kernels.py",
+        "kernels/dalle_kernels/compression/panel_kernels.py",
     ),
     "boto3": ("dalle_ds/data/",),
     "sentencepiece": ("dalle_ds/tokenizer.py",),

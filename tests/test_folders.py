@@ -1,6 +1,5 @@
 """Folders of checkpoints: whenever a process is killed, what was complete stays; what is kept; what is damaged."""
 
-import errno
 import os
 import shutil
 import signal
@@ -10,16 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_ds.training import folders, portable
-from dalle_ds.training.folders import begin, complete_checkpoints, find_faults, publish, replace_text, retain, step_of
-from dalle_ds.training.portable import Piece, PieceReader, measure, write_json, write_pieces
+from dalle_ds.config import InputError
+from dalle_ds.storage import files, folders, pieces
+from dalle_ds.storage.files import measure, write_json
+from dalle_ds.storage.folders import (
+    begin,
+    check_format,
+    complete_checkpoints,
+    find_faults,
+    open_pieces,
+    publish,
+    remove,
+    retain,
+    run_of,
+    step_of,
+)
+from dalle_ds.storage.pieces import Piece, write_pieces
 
 
 def write(run, step, keep=2, keep_every=0):
     """All that a save does with files; a weight of the step's value."""
     folder = begin(run, step)
     (folder / "shards").mkdir()
-    files = {
+    records = {
         "shards/0.safetensors": write_pieces(
             folder / "shards/0.safetensors",
             [Piece("w", "weight", 0, torch.full((3,), float(step)))],
@@ -27,8 +39,8 @@ def write(run, step, keep=2, keep_every=0):
         ),
         "state.json": write_json(folder / "state.json", {"step": step}),
     }
-    assert all(measure(folder / name) == record for name, record in files.items())
-    checkpoint = publish(folder, {"step": step, "files": files})
+    assert all(measure(folder / name) == record for name, record in records.items())
+    checkpoint = publish(folder, {"step": step, "files": records})
     retain(run, step, keep, keep_every)
     return checkpoint
 
@@ -63,7 +75,7 @@ def kill_at(n, action):
             count("open", None)
             real_sync(file)
 
-        real_sync, portable.sync = portable.sync, sync
+        real_sync, files.sync, pieces.sync = files.sync, sync, sync
         sys.addaudithook(count)
         action()
         os._exit(0)
@@ -171,22 +183,92 @@ def test_every_changed_byte_and_every_cut_is_found(tmp_path):
     assert find_faults(checkpoint) == [f"{checkpoint / folders.MARKER} cannot be read"]
 
 
+def test_sizes_alone_are_looked_at_where_that_is_asked_for(tmp_path):
+    checkpoint = write(tmp_path, 10)
+    (checkpoint / "state.json").write_text((checkpoint / "state.json").read_text().replace("10", "11"))
+    assert find_faults(checkpoint, contents=False) == []
+    assert len(find_faults(checkpoint)) == 1
+    (checkpoint / "state.json").write_text("{}")
+    assert "has 2 bytes" in find_faults(checkpoint, contents=False)[0]
+
+
 def test_a_checkpoint_reads_back(tmp_path):
-    with PieceReader([write(tmp_path, 10) / "shards/0.safetensors"]) as reader:
+    checkpoint = write(tmp_path, 10)
+    with open_pieces(checkpoint) as reader:
         assert reader.read("w", "weight", 0, 3).tolist() == [10.0] * 3
+    assert run_of(checkpoint) == run_of(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize("broken", ["sync", "replace"])
-def test_a_text_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch, broken):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path):
+    checkpoint = write(tmp_path, 10)
+    check_format(checkpoint)
+    for content in ("{}", '{"format": 2, "step": 10, "files": {}}'):
+        (checkpoint / folders.MARKER).write_text(content)
+        with pytest.raises(InputError, match="step-00000010 was written by another version") as error:
+            check_format(checkpoint)
+        assert "\n" not in str(error.value)
 
-    (tmp_path / "config.json").write_text("old")
-    monkeypatch.setattr({"sync": folders, "replace": Path}[broken], broken, fail)
-    with pytest.raises(OSError, match="No space"):
-        replace_text(tmp_path / "config.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert (tmp_path / "config.json").read_text() == "old"
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_on_the_disk_before_their_folders_these_before_the_name_and_then_the_folder_above(
+    tmp_path, monkeypatch
+):
+    """What a power cut leaves: a name only where all that it stands for is there."""
+    done = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path / "checkpoints").as_posix())
+        real_fsync(descriptor)
+
+    def rename(path, target):
+        done.append(f"{path.name} -> {target.name}")
+        return real_rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    folder = begin(tmp_path, 5)
+    (folder / "shards").mkdir()
+    records = {
+        "shards/0.safetensors": write_pieces(folder / "shards/0.safetensors", [], {}),
+        "state.json": write_json(folder / "state.json", 1),
+    }
+    publish(folder, {"step": 5, "files": records})
+    partial = "step-00000005.partial"
+    assert done == [
+        f"{partial}/shards/0.safetensors",
+        f"{partial}/state.json",
+        f"{partial}/complete.json",
+        f"{partial}/shards",
+        partial,
+        f"{partial} -> step-00000005",
+        ".",
+    ]
+
+
+def test_what_cannot_be_removed_is_no_reason_to_end_a_run(tmp_path, monkeypatch):
+    """On a network disk, files that a killed process still holds open stay, as .nfs..., and so does their folder."""
+    real = shutil.rmtree
+
+    def rmtree(path, ignore_errors=False):
+        if Path(path).name.endswith(".partial"):
+            for child in Path(path).iterdir():
+                real(child, ignore_errors=True) if child.is_dir() else child.unlink()
+            (Path(path) / ".nfs0001").touch()
+            if not ignore_errors:
+                raise OSError(39, "Directory not empty")
+        else:
+            real(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    for _ in range(3):
+        begin(tmp_path, 10)
+    write(tmp_path, 10, keep=1), write(tmp_path, 20, keep=1), write(tmp_path, 20, keep=1)
+    assert good_steps(tmp_path) == [20]
+    remove(tmp_path / "checkpoints/step-00000020")
+    assert good_steps(tmp_path) == []
     monkeypatch.undo()
-    replace_text(tmp_path / "config.json", "new")
-    assert (tmp_path / "config.json").read_text() == "new"
+    write(tmp_path, 30)
+    assert names(tmp_path) == ["step-00000030"]

@@ -11,7 +11,7 @@ from conftest import run_here
 
 from dalle_ds.cli import main
 from dalle_ds.models.weights import find_weights, fingerprint, load_dvae
-from dalle_ds.training import portable
+from dalle_ds.storage import pieces
 
 
 def fail(capsys, *arguments):
@@ -41,7 +41,7 @@ def run(files, tmp_path_factory):
 
 
 def test_an_import_is_a_run_folder_that_says_where_it_is_from(run, files):
-    weights, description = find_weights(run, "dvae")
+    checkpoint, description = find_weights(run, "dvae")
     assert description["config"]["model"]["image_size"] == 32
     for part, path in zip(("encoder", "decoder"), files[1::2], strict=True):
         assert description["imported"][part]["file"] == str(path)
@@ -49,7 +49,7 @@ def test_an_import_is_a_run_folder_that_says_where_it_is_from(run, files):
     released = torch.load(files[1], weights_only=False)
     assert description["n_parameters"] > sum(p.numel() for p in released.parameters())
     assert all(load_dvae(run).encoder.state_dict()[k].equal(v) for k, v in released.state_dict().items())
-    assert weights.parent.name == "step-00000000"
+    assert checkpoint.name == "step-00000000"
     assert [path.name for path in run.parent.iterdir()] == ["released"]
 
 
@@ -81,7 +81,7 @@ def test_nothing_is_left_at_out_when_an_import_fails(files, run, tmp_path, capsy
         raise OSError(errno.ENOSPC, "No space left on device", file.name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(portable, "sync", full)
+        patch.setattr(pieces, "sync", full)
         assert "free some space" in fail(capsys, "import-dvae", *files, "--out", out)
     assert list(out.parent.iterdir()) == []
     run_here("import-dvae", *files, "--out", out)

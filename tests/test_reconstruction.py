@@ -1,7 +1,6 @@
 """What a dVAE keeps of pictures: the bounds against direct sums, PSNR and SSIM against numpy, and `reconstruct`."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from conftest import run_here
 from PIL import Image
-from safetensors.torch import save_file
 
 from dalle_ds.cli import main
 from dalle_ds.config import DVAEConfig
@@ -28,6 +26,7 @@ from dalle_ds.evaluation.reconstruction import (
 )
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.models.likelihood import kl_to_uniform, logit_laplace_log_density, map_pixels
+from dalle_ds.models.weights import write_weights
 
 TINY = DVAEConfig(image_size=32, n_hid=8, n_blk_per_group=1, n_init=8, vocab_size=16, post_gain=0.5)
 ONE_CELL = dataclasses.replace(TINY, image_size=8, vocab_size=4)
@@ -50,14 +49,8 @@ def draw_images(n, size=32, seed=1):
 
 def write_dvae_run(run, dvae):
     """A run folder as training writes it, with one checkpoint."""
-    checkpoint = run / "checkpoints/step-00000001"
-    checkpoint.mkdir(parents=True)
     about = {"kind": "dvae", "version": "0", "config": {"model": dataclasses.asdict(dvae.config)}}
-    (run / "config.json").write_text(json.dumps(about))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in dvae.state_dict().items()}, checkpoint / "model.safetensors"
-    )
-    (checkpoint / "complete.json").write_text("{}")
+    write_weights(run, about, 1, dvae.state_dict().items())
     return run
 
 

@@ -28,7 +28,7 @@ def ask_between_steps(folder):
                     os.kill(os.getpid(), signal.SIGUSR1)
                 if (step, ranks.rank) == (3, 0):
                     (Path(folder) / HALVE_FILE).touch()
-                requests.post()
+                requests.post(step + 1)
                 asked = requests.agreed()
                 seen.append((asked.stop, asked.halve))
         restored = [signal.getsignal(number) for number in STOPS] == before
@@ -40,7 +40,31 @@ def test_ranks_agree_on_the_step_and_the_file_is_taken_once(tmp_path, world_size
     by_rank = run_distributed(ask_between_steps, world_size, tmp_path)
     agreed = [(False, False), (False, False), (True, False), (True, True), (True, False)]
     assert by_rank == [(agreed, True, 0), (agreed, True, 1)]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["halve-learning-rate-after-00000004"]
+
+
+def halve_and_go_back(folder):
+    """After which steps the rate is halved: asked before the second, then gone back to the first, then asked anew."""
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.requests import HALVE_FILE, Requests
+
+    halved, run = [], Path(folder)
+    with process_group(), Requests(run) as requests:
+        for step in (1, 2, 3, 1, 2, 3, 3, 4):
+            if (step, len(halved)) in ((2, 0), (2, 1)):
+                (run / HALVE_FILE).touch()
+            requests.post(step)
+            if requests.agreed().halve:
+                halved.append(step)
+    return halved
+
+
+def test_a_halving_that_was_taken_comes_again_after_the_same_step_and_not_later(tmp_path):
+    """Bug: it was lost where a run died before its next checkpoint. One asked for while that comes again comes too."""
+    [halved] = run_distributed(halve_and_go_back, 1, tmp_path)
+    assert halved == [2, 2, 3, 3]
+    after = [f"halve-learning-rate-after-0000000{step}" for step in (2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == after
 
 
 def fail_with_a_request_under_way(folder):
@@ -49,7 +73,7 @@ def fail_with_a_request_under_way(folder):
     from dalle_ds.training.requests import Requests
 
     with contextlib.suppress(KeyError), process_group() as ranks, Requests(Path(folder)) as requests:
-        requests.post()
+        requests.post(1)
         if ranks.rank == 1:
             assert not requests.agreed().stop
         raise KeyError("ours")
@@ -72,7 +96,8 @@ def signal_one_rank(folder):
         with contextlib.suppress(Preempted), process_group(), Requests(Path(folder)) as requests:
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(os.getpid(), number)
-            requests.post()
+            assert requests.wants_stop()
+            requests.post(1)
             assert requests.agreed().stop
             raise Preempted("saved")
     finally:
@@ -147,6 +172,60 @@ def test_a_loop_that_is_asked_to_stop_saves_after_the_next_step_and_evaluates_no
 def test_a_loop_that_is_asked_to_stop_in_its_last_steps_saves_first_and_then_does_what_comes_once(tmp_path):
     for done in run_distributed(train_until_asked, 2, tmp_path, STEPS - 1, 0):
         assert done == [("save", STEPS, 1), ("evaluate", STEPS), f"saved step {STEPS}; go on with --resume auto"]
+
+
+def train_until_asked_meanwhile(folder, asks, save_every):
+    """What a loop of three actions does when rank 1 is asked to stop while one of them, of a step, is under way."""
+    from dalle_ds.config import Preempted
+    from dalle_ds.training.construction import build_engine
+    from dalle_ds.training.distributed import process_group
+    from dalle_ds.training.requests import Requests
+
+    done = []
+
+    def action(name):
+        def act(step):
+            done.append((name, step))
+            if (rank, name, step) == (1, *asks):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return act
+
+    with process_group() as ranks:
+        rank = ranks.rank
+        engine = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size), 0)
+        save = action("save")
+        actions = [(save_every, save), (2, action("evaluate")), (2, action("sample"))]
+        with Requests(Path(folder)) as requests:
+            try:
+                run_training(engine, folder, requests=requests, actions=actions, save=save)
+            except Preempted as stop:
+                done.append(str(stop))
+        engine.destroy()
+    return done
+
+
+MEANWHILE = {
+    # The action and step in which the signal comes, and steps between saves; what is done, from that step on.
+    (("save", 2), 2): ["save"],
+    (("evaluate", 2), 2): ["save", "evaluate"],
+    (("evaluate", 2), 3): ["evaluate", "save"],
+    (("sample", 2), 3): ["evaluate", "sample", "save"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asks", "save_every"), MEANWHILE, ids=str)
+def test_a_signal_that_comes_while_a_run_evaluates_is_seen_before_another_step(tmp_path, asks, save_every):
+    expected = [(name, 2) for name in MEANWHILE[asks, save_every]]
+    for done in run_distributed(train_until_asked_meanwhile, 2, tmp_path, asks, save_every):
+        assert done == [*expected, "saved step 2; go on with --resume auto"]
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_actions_changes_nothing(tmp_path):
+    for done in run_distributed(train_until_asked_meanwhile, 2, tmp_path, ("save", STEPS), 0):
+        assert done[-3:] == [("save", STEPS), ("evaluate", STEPS), ("sample", STEPS)]
 
 
 # --- dalle-ds halve-learning-rate -------------------------------------------------------------------------------------

@@ -78,9 +78,9 @@ def snapshot(state):
     path = state.engine.extras.path
     pieces = [*engine_state.take_pieces(state.engine), *([] if path is None else path.pieces())]
     return (
-        {piece.key: bits(piece.tensor) for piece in pieces}
-        | {f"average {i}": bits(t) for i, t in enumerate(averages(state))},
+        {piece.key: bits(piece.tensor) for piece in [*pieces, *state.average.pieces()]},
         (
+            state.average.state_dict(),
             engine_state.take_scalars(state.engine),
             engine_state.take_counters(state.engine),
             copy.deepcopy(state.engine.extras.scaling.state_dict()),
@@ -88,13 +88,6 @@ def snapshot(state):
             state.learning_rate.at,
         ),
     )
-
-
-def averages(state):
-    """This rank's share of the average, without the padding behind it."""
-    from dalle_ds.training import engine_state
-
-    return [piece.tensor for piece in engine_state.split(state.engine, "average", state.average.tensors)]
 
 
 def differences(first, second):
@@ -105,8 +98,8 @@ def differences(first, second):
 
 def stop_and_go_on(folder):
     """Of each case what differs after loading, and after N steps more than an unbroken run; and the losses of those."""
+    from dalle_ds.storage.folders import complete_checkpoints
     from dalle_ds.training.distributed import process_group
-    from dalle_ds.training.folders import complete_checkpoints
 
     results = {}
     with process_group():
@@ -165,8 +158,8 @@ ELASTIC = [
 
 
 def go_on(folder, cases):
+    from dalle_ds.storage.folders import complete_checkpoints
     from dalle_ds.training.distributed import process_group
-    from dalle_ds.training.folders import complete_checkpoints
 
     results = []
     with process_group():

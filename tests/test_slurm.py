@@ -1,8 +1,9 @@
-"""launch/slurm under a real SLURM, two nodes on this machine: a job that is pre-empted twice, and a cancelled one.
+"""launch/slurm under a real SLURM, two nodes on this machine: jobs that are pre-empted and go on, and a cancelled one.
 
 Needs slurmctld, slurmd and munge (Debian: apt install slurm-wlm munge), and root, as slurmd does.
 """
 
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd runs as root"),
 ]
 
+FEWER_STEPS = 40  # of four processes on two cores
 # Two partitions over the same nodes: a job in `high` has those in `main` signalled, and requeued at most 30 s later.
 # cred_expire: SLURM leaves a requeued job alone for as long as its old credentials hold.
 CONFIG = """
@@ -136,10 +138,10 @@ def cluster(tmp_path_factory):
         cluster.down()
 
 
-def submit_prior(cluster, chain, out, *options):
+def submit_prior(cluster, chain, out, *options, steps=STEPS):
     """launch/slurm/train_prior.sbatch on two nodes without GPUs, one task each; its log is OUT.log."""
     sizes = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={out}.log"]
-    flags = chain.train_prior(out, "--deepspeed_config", small_batches(chain.root), "--loop.steps", STEPS)[1:]
+    flags = chain.train_prior(out, "--deepspeed_config", small_batches(chain.root), "--loop.steps", steps)[1:]
     return cluster.submit(*sizes, *options, ROOT / "launch/slurm/train_prior.sbatch", *flags)
 
 
@@ -187,12 +189,22 @@ def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, chain, tmp_p
     assert list((tmp_path / "out").glob("checkpoints/step-*/complete.json"))
 
 
-def test_torchrun_on_a_node_is_pre_empted_and_goes_on_as_well(cluster, chain, tmp_path, monkeypatch):
-    monkeypatch.setitem(cluster.env, "N_PROCESSES", "2")
+@pytest.mark.parametrize("way", ["one-task-a-gpu", "torchrun"])
+def test_four_processes_on_two_nodes_are_pre_empted_and_go_on(cluster, chain, tmp_path, monkeypatch, way):
+    """Two tasks a node, each with its rank from SLURM; or one task a node, which starts two processes."""
+    options = ["--ntasks-per-node=2"]
+    if way == "torchrun":
+        options = ["--cpus-per-task=2"]
+        monkeypatch.setitem(cluster.env, "N_PROCESSES", "2")
     out, log = tmp_path / "out", tmp_path / "out.log"
-    job = submit_prior(cluster, chain, out, "--nodes=1", "--cpus-per-task=2")
+    job = submit_prior(cluster, chain, out, *options, steps=FEWER_STEPS)
     cluster.wait_for(lambda: last_step(out) >= 3)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
-    cluster.wait_for(lambda: f"steps {(saved_steps(log.read_text()) or [-1])[0] + 1} to {STEPS} in" in log.read_text())
-    cluster.wait_for(lambda: cluster.state(job) == "COMPLETED")
-    assert [line["step"] for line in read_lines(out, "train")] == list(range(1, STEPS + 1))
+    cluster.wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED"))
+    said = log.read_text()
+    assert cluster.state(job) == "COMPLETED", said
+    assert "Restarts=1" in cluster.call("scontrol", "show", "job", job)
+    assert json.loads((out / "config.json").read_text())["world_size"] == 4
+    [saved] = saved_steps(said)
+    assert f"steps {saved + 1} to {FEWER_STEPS} in" in said
+    assert [line["step"] for line in read_lines(out, "train")] == list(range(1, FEWER_STEPS + 1))

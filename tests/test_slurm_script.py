@@ -31,7 +31,7 @@ JOB = {
 class Script:
     """run.bash with `code` as what srun ends with, after some tenths of a second, and `state` as that of the job."""
 
-    def __init__(self, folder, code=0, state="RUNNING", tenths=0, **job):
+    def __init__(self, folder, code=0, state="RUNNING", tenths=0, flags=(), **job):
         self.calls = folder / "calls"
         self.calls.touch()
         for name, text in PROGRAMS.items():
@@ -40,7 +40,7 @@ class Script:
         names = {"CALLS": self.calls, "CODE": code, "STATE": state, "TENTHS": tenths}
         env = {**os.environ, **JOB, **job, **{name: str(value) for name, value in names.items()}}
         env["PATH"] = f"{folder}:{env['PATH']}"
-        command = ["bash", ROOT / "launch/slurm/run.bash", "launch/train_prior.py", "--out", "a run"]
+        command = ["bash", ROOT / "launch/slurm/run.bash", "launch/train_prior.py", *flags, "--out", "a run"]
         self.process = subprocess.Popen(command, env=env, cwd=ROOT)
 
     def ended(self):
@@ -83,6 +83,13 @@ def test_one_task_a_gpu_gets_its_rank_from_slurm_and_one_task_a_node_gets_torchr
     assert plain.read_text().rstrip().endswith("task launch/train_prior.py --out a run")
     Script(tmp_path, SLURM_GPUS_ON_NODE="8").ended()
     assert "-m torch.distributed.run --nnodes" in plain.read_text()
+
+
+def test_the_first_rank_may_stay_to_copy_its_last_checkpoint(tmp_path):
+    Script(tmp_path).ended()
+    assert "--wait=60 bash" in (tmp_path / "calls").read_text()
+    Script(tmp_path, flags=["--loop.upload", "s3://weights/a"]).ended()
+    assert "--wait=3600 bash" in (tmp_path / "calls").read_text()
 
 
 @pytest.mark.parametrize("stage", ["dvae", "prior"])

@@ -19,9 +19,10 @@ from parts.soak_report import Arm, Outcome, Result, report
 from parts.soak_run import make_inputs
 
 from benchmarks.soak import Soak
-from dalle_ds.training.folders import begin, publish
+from dalle_ds.storage.files import write_json
+from dalle_ds.storage.folders import begin, publish
+from dalle_ds.storage.pieces import Piece, write_pieces
 from dalle_ds.training.metrics import MetricsLog
-from dalle_ds.training.portable import Piece, write_json, write_pieces
 
 EVERY_STEP = Arm(save_every=1, kinds=tuple(KINDS))
 OUTCOME = Outcome(kind="kill", phase="training", codes=[-9], began=0, reached=3, newest=2, in_save=False, problems=[])
@@ -133,11 +134,11 @@ def test_the_table_counts_what_was_lost_and_names_it():
     assert "2 kills, 0 checkpoints lost, 2 of 2 runs ended" in report([good], 0, 60.0)
     assert "Not as it should be" not in report([good], 0, 60.0)
     lost = Outcome(**{**vars(OUTCOME), "problems": ["LOST: step 2"]})
-    bad = Result(arm=EVERY_STEP, steps=9, outcomes=[OUTCOME, lost], ends=[["model.safetensors: w"]], failures=["fell"])
+    bad = Result(arm=EVERY_STEP, steps=9, outcomes=[OUTCOME, lost], ends=[["shards/0: w|weight|0"]], failures=["fell"])
     assert not bad.is_clean
     text = report([bad], 0, 60.0)
     assert "2 kills, 1 checkpoints lost, 0 of 1 runs ended" in text
-    assert all(word in text for word in ("- LOST: step 2", "- fell", "- at the end of a run: model.safetensors: w"))
+    assert all(word in text for word in ("- LOST: step 2", "- fell", "- at the end of a run: shards/0: w"))
 
 
 def test_the_run_is_the_hierarchical_one_for_few_tokens(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_here, run_in_ranks
-from safetensors.torch import load_file
+from helpers import read_weights
 
 from dalle_ds.cli import main
 from dalle_ds.commands.train_dvae import make_stage, noise_seeds
@@ -75,10 +75,6 @@ def read_lines(run, kind="train"):
 
 def losses(run, kind="train"):
     return [line["loss"] for line in read_lines(run, kind)]
-
-
-def newest(run, file):
-    return load_file(sorted(run.glob(f"checkpoints/step-*/{file}.safetensors"))[-1])
 
 
 def assert_close(weights, others, tolerance, what):
@@ -178,12 +174,12 @@ def test_it_trains_in_every_zero_stage_and_precision(train, tmp_path, world_size
             )
             assert norms == pytest.approx(true_norms, rel=NORM_TOLERANCE), case
         assert losses(run, "validation")[-1] < losses(run, "validation")[0], case
-        last, averaged = newest(run, "model"), newest(run, "averaged")
+        last, averaged = (read_weights(run, averaged=averaged) for averaged in (False, True))
         assert {tensor.dtype for tensor in [*last.values(), *averaged.values()]} == {torch.float32}
         assert not any(last[name].equal(averaged[name]) for name in last if name.endswith(".w")), case
         assert all(p.equal(averaged[name]) for name, p in load_dvae(run).state_dict().items())
         if precision == "fp32":
-            assert_close(averaged, newest(whole, "averaged"), WEIGHT_TOLERANCE, case)
+            assert_close(averaged, read_weights(whole, averaged=True), WEIGHT_TOLERANCE, case)
 
 
 @pytest.mark.slow
@@ -198,7 +194,8 @@ def test_however_a_batch_is_cut_into_micro_batches_losses_and_averages_are_the_s
     for batch, accumulation in cuts[1:]:
         run = tmp_path / f"{batch}x{accumulation}"
         assert losses(run) == pytest.approx(losses(tmp_path / "8x1"), abs=LOSS_TOLERANCE)
-        assert_close(newest(run, "averaged"), newest(tmp_path / "8x1", "averaged"), WEIGHT_TOLERANCE, run.name)
+        averages = (read_weights(folder, averaged=True) for folder in (run, tmp_path / "8x1"))
+        assert_close(*averages, WEIGHT_TOLERANCE, run.name)
 
 
 @pytest.mark.slow
@@ -214,8 +211,8 @@ def test_a_run_that_goes_on_ends_with_the_average_of_an_unbroken_one_bit_for_bit
         train("broken", "--loop.steps=4", "--resume=auto", **how),
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for file in ("model", "averaged"):
-        assert_close(newest(broken, file), newest(whole, file), 0, file)
+    for averaged in (False, True):
+        assert_close(*(read_weights(run, averaged=averaged) for run in (broken, whole)), 0, f"averaged {averaged}")
     assert losses(broken) == losses(whole)
     assert losses(broken, "validation")[-1] == losses(whole, "validation")[-1]
 
@@ -245,10 +242,10 @@ def test_training_may_start_from_the_weights_of_another_run_and_not_from_another
     start = f"--init_from={tmp_path / 'first'}"
     # Weights that hardly move: an average from the start on, by steps of next to nothing.
     run_in_ranks(1, train("second", "--loop.steps=1", "--schedule.lr_start_multiplier=1e-9", start))
-    assert_close(
-        newest(tmp_path / "second", "model"), dict(load_dvae(tmp_path / "first").state_dict()), 1e-6, "the first run's"
-    )
+    first = dict(load_dvae(tmp_path / "first").state_dict())
+    assert_close(read_weights(tmp_path / "second"), first, 1e-6, "the first run's")
     assert main([str(word) for word in train("third", start, "--model.n_init=24")]) == 2
     assert "is another model: pass --model.n_init 16" in capsys.readouterr().err
-    assert main([str(word) for word in train("fourth", start, stage=3)]) == 2
-    assert "use ZeRO stage 0, 1 or 2" in capsys.readouterr().err
+    warm = "--schedule.warm_start_steps=2"
+    assert main([str(word) for word in train("fourth", warm, stage=3)]) == 2
+    assert "a warm start needs whole weights: use ZeRO stage 0, 1 or 2" in capsys.readouterr().err

@@ -186,22 +186,21 @@ def test_every_zero_stage_equals_a_plain_loop_on_any_number_of_ranks(tmp_path, w
 
 
 def stop_and_resume(folder, stage):
-    from dalle_ds.training.averaging import ParameterAverage
-    from dalle_ds.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+    from dalle_ds.storage.folders import complete_checkpoints
+    from dalle_ds.training.checkpoint import load_checkpoint, save_checkpoint
     from dalle_ds.training.construction import build_engine
     from dalle_ds.training.distributed import process_group
 
     run = Path(folder)
     with process_group() as ranks:
         engine = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size, stage), SEED)
-        off = ParameterAverage(engine, decay=0.0)
-        save = (1, lambda step: save_checkpoint(engine, run, step, {"reader": step}, 2, off))
+        save = (1, lambda step: save_checkpoint(engine, run, step, {"reader": step}, 2))
         run_training(engine, run, steps=3, actions=[save])
         kept = [path.name for path in complete_checkpoints(run)]
         engine.destroy()
         # Another seed: what equals the first run afterwards came from the checkpoint.
         other = build_engine(lambda precision: Tiny(), ds_config(ranks.world_size, stage), SEED + 1)
-        start, state = load_checkpoint(other, complete_checkpoints(run)[-1], off)
+        start, state = load_checkpoint(other, complete_checkpoints(run)[-1])
         run_training(other, run, start=start)
         weights = weights_of(other)
         other.destroy()

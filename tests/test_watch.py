@@ -1,15 +1,18 @@
 """A run that stands still ends, and one line names the ranks that did not arrive."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import rank_variables, run_distributed
 from test_commands import ROOT, environment
+from test_preemption import last_step, small_batches
 
 from dalle_ds.training.watch import Standing, verdict
 
-# Ranks reduce at each step; at the third, the last one does what the argument says. The timeout is 6 seconds.
+# Ranks reduce at each step; at the third, one of them does what the arguments say. The timeout is 6 seconds.
 PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
@@ -22,39 +25,48 @@ def sleep_in_a_step():
 with process_group(0.1) as ranks, Watch(0.1) as watch:
     for step in range(1, 5):
         watch.beat(step)
-        if step == 3 and ranks.rank == ranks.world_size - 1:
+        if step == 3 and ranks.rank == int(sys.argv[2]):
             sleep_in_a_step() if sys.argv[1] == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce(torch.ones(1))
 """
-LIMIT = 120  # seconds, of which this needs twenty
+LIMIT = 120  # seconds, of which this needs thirty
 
 
-def run_ranks(world_size, what):
-    """The program on ranks of its own; the exit codes and what was said of those that end by themselves."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, what],
-            env={**environment(), **variables},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for variables in rank_variables(world_size)
-    ]
-    try:
-        ending = ranks if what == "sleep" else ranks[:-1]
-        said = [rank.communicate(timeout=LIMIT)[0] for rank in ending]
-        return [rank.returncode for rank in ending], said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+class Ranks:
+    """A command on ranks of its own, of which one may never end by itself."""
+
+    def __init__(self, command, world_size):
+        self.processes = [
+            subprocess.Popen(
+                [str(part) for part in command],
+                env={**environment(), **variables},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for variables in rank_variables(world_size)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def ended(self, but=None):
+        """The exit codes and what was said, of all but one."""
+        ending = [process for rank, process in enumerate(self.processes) if rank != but]
+        said = [process.communicate(timeout=LIMIT)[0] for process in ending]
+        return [process.returncode for process in ending], said
 
 
 @pytest.mark.slow
 def test_a_rank_that_sleeps_is_named_with_its_step_and_place_and_all_end():
-    codes, said = run_ranks(3, "sleep")
+    with Ranks([sys.executable, "-c", PROGRAM, "sleep", 2], 3) as ranks:
+        codes, said = ranks.ended()
     assert codes == [1, 1, 1], said
     [line] = "".join(said).splitlines()
     assert line.startswith("dalle-ds: error: nothing moved for 0.1 minutes: rank 2 did not arrive: on ")
@@ -66,10 +78,44 @@ def test_a_rank_that_sleeps_is_named_with_its_step_and_place_and_all_end():
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_is_named_by_its_silence():
-    codes, said = run_ranks(2, "stop")
-    assert codes == [1], said
-    [line] = said[0].splitlines()
-    assert "rank 1 did not arrive and does not answer; rank 0 on " in line
+    with Ranks([sys.executable, "-c", PROGRAM, "stop", 2], 3) as ranks:
+        codes, said = ranks.ended(but=2)
+    assert codes == [1, 1], said
+    [line] = "".join(said).splitlines()
+    assert "rank 2 did not arrive and does not answer; rank 0 on " in line
+
+
+SILENT_STORE = "nothing moved for 0.1 minutes: rank 0, which holds the store, does not answer; rank "
+
+
+@pytest.mark.slow
+def test_the_first_rank_too_whose_process_holds_the_store():
+    """Bug: the others asked it where it stands, and waited for its answer for ever."""
+    with Ranks([sys.executable, "-c", PROGRAM, "stop", 0], 3) as ranks:
+        codes, said = ranks.ended(but=0)
+    assert codes == [1, 1], said
+    for rank, text in enumerate(said, 1):
+        [line] = text.splitlines()
+        assert f"{SILENT_STORE}{rank} on " in line
+        assert "waits in step 3 at" in line
+
+
+@pytest.mark.slow
+def test_a_training_run_whose_first_rank_is_stopped_ends_and_says_why(chain, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--deepspeed_config", small_batches(chain.root), "--loop.steps", "100000", "--loop.timeout_minutes", "0.1"]
+    command = [sys.executable, ROOT / "launch/train_prior.py", *chain.train_prior(out, *flags)[1:]]
+    with Ranks(command, 3) as ranks:
+        deadline = time.monotonic() + LIMIT
+        while last_step(out) < 3:
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in ranks.processes), ranks.ended()
+            time.sleep(0.02)
+        ranks.processes[0].send_signal(signal.SIGSTOP)
+        codes, said = ranks.ended(but=0)
+    assert codes == [1, 1], said
+    for rank, text in enumerate(said, 1):
+        assert f"dalle-ds: error: {SILENT_STORE}{rank} on " in text
 
 
 def timeouts_of_groups():
@@ -114,3 +160,9 @@ def test_the_ranks_that_came_less_far_are_named_by_the_first_that_came_farther(s
     assert spoke == speaker
     assert said.startswith(f"nothing moved for 30 minutes: {named}")
     assert "\n" not in said
+
+
+def test_where_the_store_is_silent_each_rank_speaks_for_itself():
+    spoke, said = verdict({3: standing(3, 9)}, 4, 30, heard=False)
+    assert spoke == 3
+    assert "rank 0, which holds the store, does not answer; rank 3 on node waits in step 3 at loop.py:1" in said

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dalle_ds.training.folders import PARTIAL, complete_checkpoints, find_faults, read_marker, step_of
+from dalle_ds.storage.files import PARTIAL
+from dalle_ds.storage.folders import complete_checkpoints, find_faults, read_marker, step_of
+from dalle_ds.training.changes import CONFIG
 from dalle_ds.training.metrics import read_metrics
 
 TAIL = 4096  # bytes: more than a line of metrics.jsonl
@@ -65,8 +67,9 @@ class RunFolder:
         return [fault for checkpoint in complete_checkpoints(self.path) for fault in find_faults(checkpoint)]
 
     def records(self, step: int) -> dict[str, Any]:
-        """Size and checksum of each file of a checkpoint."""
-        return dict(read_marker(self.checkpoint(step))["files"])
+        """Size and checksum of each file of a checkpoint, but for that which says how many checkpoints are kept."""
+        files = read_marker(self.checkpoint(step))["files"]
+        return {name: record for name, record in files.items() if name != CONFIG}
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"

@@ -88,6 +88,10 @@ def report(results: Sequence[Result], seed: int, seconds: float) -> str:
         "learning rate, generators (the bytes of all files of the last checkpoint), and every line of metrics.jsonl "
         "but its times. After each kill all complete checkpoints were read and checked, and the newest compared with "
         "the undisturbed run's of the same step.",
+        "",
+        "With PowerSGD a save makes each machine's error buffers their mean: the same in exact arithmetic, other bits. "
+        "So a run that saves at other steps is another run, bit for bit; each is compared with one that saves as "
+        "often, and only the first arm, which saves after every step, is asked to stop.",
     ]
     if problems or any(ends):
         lines += ["", "Not as it should be:", "", *(f"- {problem}" for problem in problems)]

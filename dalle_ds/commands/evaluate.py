@@ -201,9 +201,9 @@ def _end_temperature(run_folder: "Path") -> float:
     """The temperature that training reached; without metrics, the one that its schedule ends with."""
     from dalle_ds.config import DVAEScheduleConfig
     from dalle_ds.reporting.run_folder import read_run_folder
+    from dalle_ds.storage.folders import run_of
 
-    # A checkpoint folder has its run two levels above.
-    run = read_run_folder(run_folder if (run_folder / "config.json").exists() else run_folder.parent.parent)
+    run = read_run_folder(run_of(run_folder))
     _, temperatures = run.curve("temperature")
     scheduled = run.config.get("schedule", {}).get("temperature_end", DVAEScheduleConfig().temperature_end)
     return float(temperatures[-1] if temperatures else scheduled)

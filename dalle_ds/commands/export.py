@@ -2,19 +2,17 @@
 
     dalle-ds export runs/prior --out exported/prior
 
-Takes a run folder of either stage, or one of its checkpoints: the averaged parameters where training has kept some. The
-file of the weights is the run's own, byte for byte, so that tokens made with an exported dVAE stay those of the run's.
-`dalle-ds import-model` makes a run folder of it again. The card's licence line is for you to fill in.
+Takes a run folder of either stage, or one of its checkpoints: the averaged parameters where training has kept some.
+Every file of the checkpoint is checked first. Weights are in float32, and their SHA-256 is what token shards remember
+of a dVAE, so that tokens made with an exported one stay those of the run's. `dalle-ds import-model` makes a run folder
+of it again. The card's licence line is for you to fill in.
 """
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
-
-from dalle_ds.config import InputError
 
 WEIGHTS, CONFIG, CARD, TOKENIZER = "model.safetensors", "config.json", "README.md", "tokenizer.model"
 # Entries of a run's config.json that say what the model is; the others say where and how it was trained.
@@ -36,65 +34,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dalle_ds.commands.import_dvae import check_free
-    from dalle_ds.models.weights import find_weights
+    from dalle_ds.models.weights import open_weights
+    from dalle_ds.storage.files import new_folder, read_json
+    from dalle_ds.storage.folders import read_marker, run_of
+    from dalle_ds.storage.pieces import write_tensors
 
-    out = Path(args.out)
-    check_free(out)
-    weights, description = find_weights(args.run, kind_of(args.run), averaged=not args.last_weights)
-    folder = weights.parent.parent.parent
-    facts = {
-        "step": read_json(weights.parent / "complete.json").get("step", 0),
-        "averaged": weights.name != WEIGHTS,
-        "sha256": sha256(weights),
-    }
-    settings = {name: description[name] for name in KEPT if name in description} | facts
-    settings["config"] = {"model": description["config"]["model"]}
-    card = make_card(description, settings, read_json(folder / "ds_config.json"), last_validation(folder))
-    staging = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
-    try:
-        staging.mkdir(parents=True)
-        shutil.copyfile(weights, staging / WEIGHTS)
+    kind = read_json(Path(args.run) / CONFIG).get("kind")
+    kind = kind if kind in NAMES else "prior"  # opening it says what is wrong
+    averaged = not args.last_weights
+    with new_folder(Path(args.out)) as out, open_weights(args.run, kind, averaged=averaged, read_through=True) as found:
+        tensors = (tensor for _, tensor in found.tensors())
+        record = write_tensors(out / WEIGHTS, found.entries(), tensors)
+        facts = {
+            "step": read_marker(found.checkpoint)["step"],
+            "averaged": found.is_average,
+            "sha256": record["sha256"],
+        }
+        settings = {name: found.description[name] for name in KEPT if name in found.description} | facts
+        settings["config"] = {"model": found.description["config"]["model"]}
+        folder = run_of(found.checkpoint)
+        ds_config = read_json(found.checkpoint / "ds_config.json")
+        (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        (out / CARD).write_text(make_card(found.description, settings, ds_config, last_validation(folder)))
         if (folder / TOKENIZER).exists():
-            shutil.copyfile(folder / TOKENIZER, staging / TOKENIZER)
-        (staging / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        (staging / CARD).write_text(card)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out.absolute())
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    print(f"{out}: {NAMES[settings['kind']].partition(':')[0]} of step {facts['step']}, with its card", flush=True)
-
-
-def kind_of(path: str) -> str:
-    """dvae or prior: what the run folder or checkpoint holds; the caller's own search says what is wrong with it."""
-    folder = Path(path)
-    run = folder.parent.parent if (folder / "complete.json").exists() else folder
-    kind = str(read_json(run / CONFIG).get("kind", "prior"))
-    return kind if kind in NAMES else "prior"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; empty when there is none."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises InputError when there is none."""
-    import hashlib
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()
+            shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
+    print(f"{args.out}: {NAMES[kind].partition(':')[0]} of step {facts['step']}, with its card", flush=True)
 
 
 def last_validation(run: Path) -> dict[str, float]:

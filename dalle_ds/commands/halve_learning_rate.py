@@ -2,8 +2,8 @@
 
     dalle-ds halve-learning-rate runs/prior
 
-Leaves the file RUN/halve-learning-rate, which the run takes away; a run that is not going takes it when it is resumed.
-From then on every checkpoint knows of it. A run that dies before its next checkpoint must be asked again.
+Leaves the file RUN/halve-learning-rate; a run that is not going takes it when it is resumed. When it is taken, the file
+is renamed after the step: a run that dies before its next checkpoint then halves again after the same step.
 """
 
 import argparse

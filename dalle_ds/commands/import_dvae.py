@@ -7,13 +7,8 @@ Reads the pickles of the release without running anything in them and without it
 """
 
 import argparse
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from dalle_ds.config import InputError
 
 if TYPE_CHECKING:
     from dalle_ds.models.dvae import DVAE
@@ -31,55 +26,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dalle_ds.models.release import PARTS, assemble, read_part
 
-    out = Path(args.out)
-    check_free(out)
     encoder, decoder = (read_part(Path(path)) for path in (args.encoder, args.decoder))
     model = assemble(encoder, decoder, args.image_size)
     files = zip(PARTS, (encoder, decoder), strict=True)
-    imported = {part: {"file": str(file.path), "sha256": file.sha256} for part, file in files}
-    write_imported(out, model, imported)
+    write_imported(
+        Path(args.out), model, {part: {"file": str(file.path), "sha256": file.sha256} for part, file in files}
+    )
     config = model.config
     print(
-        f"{out}: dVAE of {sum(p.numel() for p in model.parameters()):,} parameters, {config.vocab_size:,} tokens, "
+        f"{args.out}: dVAE of {count(model):,} parameters, {config.vocab_size:,} tokens, "
         f"pictures of {config.image_size} x {config.image_size} into {config.grid_size} x {config.grid_size} of them",
         flush=True,
     )
 
 
-def check_free(out: Path) -> None:
-    """Raises InputError when `out` holds anything."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a folder")
-    if (out / "config.json").exists():
-        raise InputError(f"{out} already holds a run: choose another --out, or remove it")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out} is not empty: name a new folder")
-
-
 def write_imported(out: Path, model: "DVAE", imported: dict[str, Any]) -> None:
-    """Writes the run folder beside `out` and moves it there when it is complete."""
+    """Makes the run folder of a dVAE that comes from elsewhere: `imported` says from where."""
     from dataclasses import asdict
 
     from dalle_ds import __version__
-    from dalle_ds.training.portable import Entry, write_tensors
+    from dalle_ds.models.weights import write_weights
+    from dalle_ds.storage.files import new_folder
 
-    staging = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     description = {
         "kind": "dvae",
         "version": __version__,
         "config": {"model": asdict(model.config)},
-        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "n_parameters": count(model),
         "imported": imported,
     }
-    checkpoint = staging / "checkpoints" / "step-00000000"
-    try:
-        checkpoint.mkdir(parents=True)
-        # As a checkpoint's file, so that the same weights have the same fingerprint.
-        weights = model.state_dict()
-        entries = [Entry(name, weight.dtype, tuple(weight.shape)) for name, weight in weights.items()]
-        write_tensors(checkpoint / "model.safetensors", entries, weights.values())
-        (checkpoint / "complete.json").write_text(json.dumps({"step": 0, "imported": True}) + "\n")
-        (staging / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        staging.replace(out.absolute())
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with new_folder(out) as folder:
+        write_weights(folder, description, 0, model.state_dict().items())
+
+
+def count(model: "DVAE") -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dalle_ds.config import require, stretched
     from dalle_ds.data.upload import fetch_newest, open_upload
+    from dalle_ds.models.weights import check_settings
     from dalle_ds.training.deepspeed_config import load_deepspeed_config, zero_stage
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.run import fetched, open_run
@@ -50,36 +51,27 @@ def run(args: argparse.Namespace) -> None:
 
     config = stretched(apply_flags(find_preset(args.preset).dvae, args))
     require(bool(config.data.train), "--data.train is missing: name a folder of pictures or shards")
+    init_from = None
     if config.init_from:
-        config = start_from(config)
+        init_from = check_settings(config.init_from, "dvae", config.model)
+        config = replace(config, schedule=replace(config.schedule, warm_start_steps=0))
     whole = zero_stage(load_deepspeed_config(args.deepspeed_config)) < SHARDED_WEIGHTS
     require(
-        whole or not (config.schedule.warm_start_steps or config.init_from),
-        f"{args.deepspeed_config}: a warm start and --init_from need whole weights: use ZeRO stage 0, 1 or 2, "
+        whole or not config.schedule.warm_start_steps,
+        f"{args.deepspeed_config}: a warm start needs whole weights: use ZeRO stage 0, 1 or 2, "
         "or --schedule.warm_start_steps 0",
     )
-    out = Path(args.out)
-    with process_group(config.loop.timeout_minutes) as ranks:
-        resume = fetched(args.resume, out, lambda url, run: fetch_newest(url, run, config.data.read))
-        stage_arguments: dict[str, Any] = {"resume": resume, "deepspeed_config": args.deepspeed_config}
-        if config.schedule.warm_start_steps and open_run(out, resume) is None:
-            stage = make_warm_start(config, ranks, out)
-            train_stage(stage, ranks, out=out / WARM_START, **stage_arguments)
-        stage = replace(make_stage(config, ranks, out), upload=open_upload(config.loop.upload, config.data.read))
-        train_stage(stage, ranks, out=out, **stage_arguments)
-
-
-def start_from(config: "DVAETraining") -> "DVAETraining":
-    """The config without a warm start, when the dVAE of `init_from` is of the same model; else InputError."""
-    from dataclasses import asdict, replace
-
-    from dalle_ds.config import require
-    from dalle_ds.models.weights import load_dvae
-
-    given, wanted = asdict(load_dvae(config.init_from).config), asdict(config.model)
-    differing = [f"--model.{key} {value}" for key, value in given.items() if wanted[key] != value]
-    require(not differing, f"--init_from {config.init_from} is another model: pass {' '.join(differing)}")
-    return replace(config, schedule=replace(config.schedule, warm_start_steps=0))
+    out, read = Path(args.out), config.data.read
+    # What is copied when all is done, is waited for when no other process waits.
+    with open_upload(config.loop.upload, read, out) as upload, process_group(config.loop.timeout_minutes) as ranks:
+        resume = fetched(args.resume, out, lambda url, run: fetch_newest(url, run, read))
+        go_on: dict[str, Any] = {"resume": resume, "allowed": args.allow_change}
+        go_on["deepspeed_config"] = args.deepspeed_config
+        begins = open_run(out, resume) is None
+        if config.schedule.warm_start_steps and begins:
+            train_stage(make_warm_start(config, ranks, out), ranks, out=out / WARM_START, **go_on)
+        stage = make_stage(config, ranks, out, after_warm_start=begins)
+        train_stage(replace(stage, upload=upload, init_from=init_from), ranks, out=out, **go_on)
 
 
 def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Stage":
@@ -103,8 +95,13 @@ def make_warm_start(config: "DVAETraining", ranks: "Ranks", out: "Path") -> "Sta
     )
 
 
-def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: bool = False) -> "Stage":
-    """The dVAE with its data, loss and schedules, for the training session; `warm` leaves the relaxation out."""
+def make_stage(
+    config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: bool = False, after_warm_start: bool = False
+) -> "Stage":
+    """The dVAE with its data, loss and schedules, for the training session.
+
+    `warm` leaves the relaxation out; `after_warm_start` begins at the weights of a warm start, where there was one.
+    """
     import functools
 
     import torch
@@ -116,7 +113,6 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
     from dalle_ds.models.codebook import make_codebook
     from dalle_ds.models.dvae import CHANNELS, DVAE
     from dalle_ds.models.weights import load_dvae
-    from dalle_ds.training.checkpoint import complete_checkpoints
     from dalle_ds.training.metrics import mean_over_ranks
     from dalle_ds.training.schedules import ScheduledRate, cosine, warmup_cosine
     from dalle_ds.training.session import Stage
@@ -143,9 +139,7 @@ def make_stage(config: "DVAETraining", ranks: "Ranks", out: "Path", *, warm: boo
 
     def build_model(precision: "Precision") -> "nn.Module":
         model = DVAE(config.model, checkpoint_activations=config.checkpoint_activations)
-        if config.init_from and not complete_checkpoints(out):
-            model.load_state_dict(load_dvae(config.init_from).state_dict())
-        elif not warm and schedule.warm_start_steps and not complete_checkpoints(out):
+        if after_warm_start and schedule.warm_start_steps:
             model.load_state_dict(load_dvae(out / WARM_START, kind="dvae-warm-start").state_dict())
             make_codebook(model, first_images(train_source, size, N_CODEBOOK), config.loop.seed)
         return model

@@ -7,7 +7,8 @@
 The data are token shards (`dalle-ds encode-images`); vocabulary and grid sizes are taken from them and from the
 tokenizer. With `--from_pixels true --dvae runs/dvae` they are captioned pictures instead, which the frozen dVAE encodes
 as training goes: slower, and every epoch sees other crops. The same script runs as one process with plain `python`.
-`--resume auto` goes on with the run in --out.
+`--resume auto` goes on with the run in --out. `--init_from` begins a new run at the weights of another one, trained or
+imported.
 """
 
 import argparse
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from dalle_ds.config import PriorTraining
+    from dalle_ds.config import PriorConfig, PriorTraining
     from dalle_ds.data.pipeline import Decode
     from dalle_ds.data.sources import Source
     from dalle_ds.data.token_shards import TokenManifest
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dvae", help="run folder of the dVAE, to show pictures (default: the one that made the tokens)"
     )
+    parser.add_argument("--init_from", default="", help="run folder of a prior whose weights a new run begins with")
     add_flags(parser, PRESETS["tiny"].prior)
 
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
     from pathlib import Path
 
-    from dalle_ds.data.upload import fetch_newest
+    from dalle_ds.data.upload import fetch_newest, open_upload
     from dalle_ds.tokenizer import Tokenizer
     from dalle_ds.training.distributed import process_group
     from dalle_ds.training.run import fetched
@@ -69,11 +71,32 @@ def run(args: argparse.Namespace) -> None:
         image_vocab_size=manifest.vocab_size,
         grid_size=manifest.grid_size,
     )
-    out = Path(args.out)
-    with process_group(config.loop.timeout_minutes) as ranks:
+    init_from = start_from(args.init_from, model, tokenizer, manifest) if args.init_from else None
+    out, read = Path(args.out), config.data.read
+    # What is copied when all is done, is waited for when no other process waits.
+    with open_upload(config.loop.upload, read, out) as upload, process_group(config.loop.timeout_minutes) as ranks:
         stage = make_stage(dataclasses.replace(config, model=model), tokenizer, ranks, out, args.dvae or manifest.dvae)
-        resume = fetched(args.resume, out, lambda url, run: fetch_newest(url, run, config.data.read))
-        train_stage(stage, ranks, out=out, resume=resume, deepspeed_config=args.deepspeed_config)
+        train_stage(
+            dataclasses.replace(stage, upload=upload, init_from=init_from),
+            ranks,
+            out=out,
+            resume=fetched(args.resume, out, lambda url, run: fetch_newest(url, run, read)),
+            deepspeed_config=args.deepspeed_config,
+            allowed=args.allow_change,
+        )
+
+
+def start_from(path: str, model: "PriorConfig", tokenizer: "Tokenizer", manifest: "TokenManifest") -> "Path":
+    """The checkpoint whose weights to begin with. Raises InputError when it is of other tokens, or of another model."""
+    from dalle_ds.models.weights import check_settings, find_weights
+
+    _, description = find_weights(path, "prior")
+    for name, value, what in (
+        ("tokenizer_sha256", tokenizer.sha256, "another --tokenizer"),
+        ("dvae_sha256", manifest.dvae_sha256, "tokens of another dVAE"),
+    ):
+        require(description.get(name) == value, f"--init_from {path} was trained with {what}: use those it had")
+    return check_settings(path, "prior", model)
 
 
 def find_manifest(config: "PriorTraining", dvae: str) -> "TokenManifest":
@@ -176,7 +199,6 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
 
     from dalle_ds.data.pipeline import Reader, training_reader
     from dalle_ds.data.skips import SkipLog
-    from dalle_ds.data.upload import open_upload
     from dalle_ds.models.gradient_scaling import resblock_index
     from dalle_ds.models.prior import Prior
     from dalle_ds.training.metrics import mean_over_ranks
@@ -260,7 +282,6 @@ def make_stage(config: "PriorTraining", tokenizer: "Tokenizer", ranks: "Ranks", 
         facts={"dvae": dvae, "dvae_sha256": manifest.dvae_sha256, "tokenizer_sha256": tokenizer.sha256},
         averaging=config.averaging,
         averaging_every=config.averaging_every,
-        upload=open_upload(config.loop.upload, data.read),
         write_files=lambda run: tokenizer.save(run / TOKENIZER_FILE),
     )
 

@@ -120,12 +120,19 @@ class S3Store:
     def write_small(self, url: str, content: bytes) -> None:
         self._call("put_object", url, Body=content)
 
-    def write_file(self, url: str, path: Path) -> None:
-        """Puts a file of any size in place, and checks what has arrived: its length, and the MD5 of each part."""
+    def write_file(self, url: str, path: Path, stopped: threading.Event | None = None) -> None:
+        """Puts a file of any size in place, and checks what has arrived: its length, and the MD5 of each part.
+
+        Gives up soon after `stopped` is set, with Transient.
+        """
         from boto3.s3.transfer import TransferConfig
 
+        def go_on(n_bytes: int) -> None:
+            if stopped is not None and stopped.is_set():
+                raise Transient(f"{url}: given up")
+
         parts = TransferConfig(multipart_threshold=WRITE_BYTES, multipart_chunksize=WRITE_BYTES)
-        self._call("upload_file", url, Filename=str(path), Config=parts)
+        self._call("upload_file", url, Filename=str(path), Config=parts, Callback=go_on)
         found, n_bytes = self._call("head_object", url), path.stat().st_size
         is_plain = found.get("ServerSideEncryption") in (None, "AES256")  # otherwise the ETag is no MD5
         if found["ContentLength"] != n_bytes or (is_plain and found["ETag"].strip('"') != _etag(path, n_bytes)):

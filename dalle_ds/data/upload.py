@@ -7,33 +7,49 @@ A copy that fails is a line of warning, and the next checkpoint is tried anew: t
 end. Nothing is removed in S3: what stays there is the bucket's own rule (its lifecycle).
 """
 
-import hashlib
 import json
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from dalle_ds.config import InputError, ReadConfig
 from dalle_ds.data.retrying import retrying
 from dalle_ds.data.s3 import S3Store
+from dalle_ds.data.store import Transient, Unreadable
+from dalle_ds.storage import folders
+from dalle_ds.storage.files import measure, replace_file
+from dalle_ds.storage.folders import CHECKPOINTS, MARKER, complete_checkpoints, find_faults, find_step, step_of
 
-MARKER = "complete.json"
 RUN_FILES = ("config.json", "ds_config.json", "tokenizer.model")
 LINKS = "uploading"  # folder of the run that holds links to what is under way, so that it may be removed meanwhile
-CHUNK = 2**24  # bytes
+# Seconds that a run which was asked to stop, or failed, waits for a copy: launchers that end a run give it 30 in all.
+LAST_SECONDS = 20.0
 
 
 class Uploader:
-    """Called with a finished checkpoint, copies it to `url` while training goes on; `close` waits for the last one.
+    """Called with a finished checkpoint, copies it to `url` while training goes on; a context manager.
 
-    When checkpoints come faster than they are copied, those in between are left out.
+    When checkpoints come faster than they are copied, those in between are left out. At its end it waits for the last
+    one; after an error, and when the run was asked to stop, not for long.
     """
 
     def __init__(self, url: str, config: ReadConfig) -> None:
         self.url, self.config, self.store = url.rstrip("/"), config, S3Store(config)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+        self._stopped = threading.Event()
         self._last: tuple[Path, Future[None]] | None = None
+
+    def __enter__(self) -> "Uploader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(None if error is None else LAST_SECONDS)
 
     def __call__(self, checkpoint: Path) -> None:
         if self._last is not None and self._last[1].cancel():
@@ -43,74 +59,115 @@ class Uploader:
             shutil.rmtree(links, ignore_errors=True)
             shutil.copytree(checkpoint, links, copy_function=os.link)
         except OSError as error:
-            print(f"warning: {checkpoint} was not copied to {self.url}: {error}", flush=True)
+            self._warn(links, error)
             return
-        self._last = links, self._thread.submit(self._copy, links, checkpoint)
+        self._last = links, self._thread.submit(self._copy, links)
 
-    def close(self) -> None:
-        """Waits until the last checkpoint is copied, or has failed."""
+    def close(self, seconds: float | None = None) -> None:
+        """Waits until the last checkpoint is copied, or has failed; gives up after so many seconds."""
+        if self._last is not None:
+            links, copy = self._last
+            if not copy.done():
+                most = "" if seconds is None else f", {seconds:g} s at most"
+                print(f"{_checkpoint(links)} is on its way to {self.url}: the run waits for it{most}", flush=True)
+            wait([copy], timeout=seconds)
+            self._stopped.set()
+            if copy.cancel():
+                self._warn(links, "the run ends, and an earlier one is not there yet")
         self._thread.shutdown(wait=True)
-        if self._last is not None and self._last[0].parent.exists():
+        if self._last is not None:
             shutil.rmtree(self._last[0].parent, ignore_errors=True)
 
-    def _copy(self, links: Path, checkpoint: Path) -> None:
+    def _copy(self, links: Path) -> None:
         run = links.parent.parent
         files = sorted(path for path in links.rglob("*") if path.is_file() and path.name != MARKER)
         copies = [(run / name, name) for name in RUN_FILES if (run / name).exists()]
-        copies += [(path, f"checkpoints/{path.relative_to(links.parent).as_posix()}") for path in files]
-        copies += [(links / MARKER, f"checkpoints/{links.name}/{MARKER}")]
+        copies += [(path, f"{CHECKPOINTS}/{path.relative_to(links.parent).as_posix()}") for path in files]
+        copies += [(links / MARKER, f"{CHECKPOINTS}/{links.name}/{MARKER}")]
         try:
             for path, name in copies:
-                retrying(self.config)(self.store.write_file, f"{self.url}/{name}", path)
-        except (OSError, InputError) as error:
-            print(f"warning: {checkpoint} was not copied to {self.url}: {error}", flush=True)
+                again = retrying(self.config, self._stopped)
+                again(self.store.write_file, f"{self.url}/{name}", path, self._stopped)
+        except Exception as error:  # whatever it is, it must not end a run, nor go unsaid
+            self._warn(links, "the run ends" if self._stopped.is_set() else error)
         finally:
             shutil.rmtree(links, ignore_errors=True)
 
+    def _warn(self, links: Path, why: object) -> None:
+        print(f"warning: {_checkpoint(links)} was not copied to {self.url}: {why}", flush=True)
 
-def open_upload(url: str, config: ReadConfig) -> Uploader | None:
-    """What copies to `url`; None where that is empty."""
-    return Uploader(url, config) if url else None
+
+def _checkpoint(links: Path) -> Path:
+    return links.parent.parent / CHECKPOINTS / links.name
+
+
+class NoUpload:
+    """Stands in for `Uploader` where nothing is to be copied."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_upload(url: str, config: ReadConfig, run: Path) -> Uploader | NoUpload:
+    """What copies checkpoints of the run folder to `url`, to be entered; where that is empty, it gives None.
+
+    Sweeps away what a killed run was copying.
+    """
+    shutil.rmtree(run / LINKS, ignore_errors=True)
+    return Uploader(url, config) if url else NoUpload()
+
+
+# --- back -------------------------------------------------------------------------------------------------------------
 
 
 def fetch_newest(url: str, out: Path, config: ReadConfig) -> None:
-    """Fetches the newest complete checkpoint below `url` into the run folder `out`, unless it has that one or a newer.
+    """Fetches the newest whole checkpoint below `url` into the run folder `out`, unless it has that one or a newer.
 
-    Raises InputError when there is none, and OSError when it cannot be read; no half of one is left.
+    One that is damaged there is left out, with a warning. Raises InputError when there is none, and when it cannot be
+    read; no half of one is left.
     """
     url, store = url.rstrip("/"), S3Store(config)
-    again = retrying(config)
-    markers = again(store.find, f"{url}/checkpoints/step-*/{MARKER}")
-    if not markers:
-        raise InputError(f"{url}: no complete checkpoint there: give the --loop.upload of the run")
-    source = markers[-1].removesuffix(f"/{MARKER}")
-    name = source.rpartition("/")[2]
-    here = sorted(path.parent.name for path in out.glob(f"checkpoints/step-*/{MARKER}"))
-    if here and here[-1] >= name:
-        return
-    marker = again(store.read_small, markers[-1])
-    partial = out / "checkpoints" / f"{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    here = [step_of(path) for path in complete_checkpoints(out) if not find_faults(path)]
+    again: Any = retrying(config)
     try:
-        for file, record in json.loads(marker or b"{}")["files"].items():
-            path = partial / file
+        markers = again(store.find, f"{url}/{CHECKPOINTS}/step-*/{MARKER}")
+        sources = [marker.removesuffix(f"/{MARKER}") for marker in markers]
+        steps = {source: find_step(source.rpartition("/")[2]) for source in sources}
+        there = sorted((step, source) for source, step in steps.items() if step is not None)
+        for step, source in reversed(there):
+            if step <= max(here, default=-1):
+                return
+            fault = _fetch(source, step, url, out, store, again)
+            if not fault:
+                return
+            print(f"warning: {source} is left out, for {fault}", flush=True)
+    except (Transient, Unreadable) as error:
+        raise InputError(f"--resume {url}: {error}") from None
+    what = f"all {len(there)} checkpoints there are damaged" if there else "no complete checkpoint there"
+    raise InputError(f"{url}: {what}: give the --loop.upload of the run")
+
+
+def _fetch(source: str, step: int, url: str, out: Path, store: S3Store, again: Any) -> str:
+    """Fetches one checkpoint; what is wrong with it there, if anything is."""
+    marker = json.loads(again(store.read_small, f"{source}/{MARKER}") or b"{}")
+    partial = folders.begin(out, step)
+    try:
+        for name, record in marker["files"].items():
+            path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            again(store.read_file, f"{source}/{file}", path)
-            if _record(path) != record:
-                raise InputError(f"{source}/{file} is not what was saved: it is damaged there, or on its way")
-        (partial / MARKER).write_bytes(marker or b"")
-        for file in RUN_FILES:
-            content = again(store.read_small, f"{url}/{file}")
-            if content is not None and not (out / file).exists():
-                (out / file).write_bytes(content)
-        partial.rename(out / "checkpoints" / name)
+            again(store.read_file, f"{source}/{name}", path)
+            if measure(path) != record:
+                return f"{name} is not what was saved"
+        for name in RUN_FILES:
+            content = again(store.read_small, f"{url}/{name}")
+            if content is not None and not (out / name).exists():
+                replace_file(out / name, content)
+        folders.publish(partial, marker)
+    except Unreadable as error:
+        return str(error)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _record(path: Path) -> dict[str, object]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            digest.update(part)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return ""

@@ -1,23 +1,20 @@
 """The running average of the parameters, which evaluation, sampling and export use (Appendices A.2 and B.2)."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dalle_ds.storage.pieces import AVERAGE, Piece, PieceReader
 from dalle_ds.training.engine import Engine
-from dalle_ds.training.engine_state import holdings, split
-from dalle_ds.training.portable import Entry, Piece, write_tensors
-from dalle_ds.training.whole_weights import fill_model, whole_weights
+from dalle_ds.training.engine_state import holdings, join, split
+from dalle_ds.training.whole_weights import fill_model
 
 # The n-th update uses min(decay, (1 + n) / (WARMUP + n)).
 WARMUP = 10
-STATE = "average"  # entry of the file's metadata, and kind of its pieces
 # Elements that are brought to float32 at once, on the CPU.
 PIECE = 2**24
 
@@ -101,44 +98,26 @@ class ParameterAverage:
         # Not after an error: the other ranks would not meet this one here.
         fill_model(self.engine)
 
-    def save(self, path: Path) -> None:
-        """Writes the whole average in float32 as safetensors, with the state in its metadata; every rank must call."""
-        if not self.decay:
-            return
-        whole = whole_weights(self.engine, self._pieces())
-        try:
-            if torch.distributed.get_rank() == 0:
-                shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.engine.module.named_parameters()}
-                entries = [Entry(name, torch.float32, shape) for name, shape in shapes.items()]
-                state = json.dumps({"n_steps": self.n_steps, "n_updates": self.n_updates})
-                write_tensors(path, entries, (tensor for _, tensor in whole), {STATE: state})
-        finally:
-            # The other ranks meet this one at every parameter, whatever became of the file.
-            for _ in whole:
-                pass
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's share of the average, all updates in it; nothing at decay 0."""
+        return split(self.engine, AVERAGE, self.tensors) if self.decay else iter(())
 
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Goes on from what `save` wrote on any number of ranks; begins anew where nothing was written."""
-        from safetensors import safe_open
+    def state_dict(self) -> dict[str, int]:
+        """What else a resumed run needs, the same on all ranks."""
+        return {"n_steps": self.n_steps, "n_updates": self.n_updates}
 
-        if not self.decay:
-            return
+    def load(self, state: dict[str, int], pieces: PieceReader) -> None:
+        """Goes on from `state_dict` and `pieces` of any number of ranks; from the present weights where none was kept.
+
+        Asks no other rank.
+        """
         self.restart()
-        if not path.exists():
-            return
-        with safe_open(path, "pt") as file:
-            for piece in self._pieces():
-                stored = file.get_tensor(piece.name).view(-1)
-                piece.tensor.copy_(stored[piece.begin : piece.begin + len(piece.tensor)])
-            state = json.loads(file.metadata()[STATE])
-        self.n_steps, self.n_updates = state["n_steps"], state["n_updates"]
+        if self.decay and pieces.has(AVERAGE):
+            join(self.engine, pieces, AVERAGE, self._average)
+            self.n_steps, self.n_updates = state["n_steps"], state["n_updates"]
 
     def _masters(self) -> list[Tensor]:
         return [holding.tensor for holding in holdings(self.engine)] if self.decay else []
-
-    def _pieces(self) -> Iterator[Piece]:
-        return split(self.engine, STATE, self.tensors)
 
     def _finish(self) -> None:
         """Waits for the update that is under way, if one is."""

@@ -20,7 +20,6 @@ from dalle_ds.training.optimizer import CompactAdamW
 from dalle_ds.training.sections import SHARDED_WEIGHTS, Sections, sixteen_bit_dtype, take_sections
 from dalle_kernels.compression.zero_hook import Machines, equalize_replicas, find_machines, shard_shape
 
-
 DEFAULT_SUB_GROUP = 10**9  # DeepSpeed's
 
 

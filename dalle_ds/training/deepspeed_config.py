@@ -11,7 +11,7 @@ from dalle_ds.training.sections import OWN_SECTIONS, take_sections
 
 # What DeepSpeed 0.19 reads at the top level (runtime/config.py and runtime/constants.py).
 TOP_LEVEL = {
-    "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "compile",
+    "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "compile",
     "data_types", "dump_state", "elasticity", "flops_profiler", "fp16", "gradient_accumulation_steps",
     "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown", "optimizer",
     "prescale_gradients", "steps_per_print", "timers", "torch_autocast", "train_batch_size",
@@ -22,17 +22,19 @@ TOP_LEVEL = {
 SECTIONS = {
     "optimizer": {"type", "params", "legacy_fusion"},
     "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
-    "checkpoint": {"tag_validation", "load_universal", "use_node_local_storage", "parallel_write"},
     "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
 }
 # Whole numbers of at least 1, which DeepSpeed would take as they come.
-COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # What DeepSpeed takes out of the params of Adam and AdamW before the optimizer sees them.
 ADAM_ONLY = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "bias_correction"}
 # The optimizer of training/optimizer.py.
 COMPACT = "CompactAdamW"
 # Sections with another home in this project, and the sentence that says where.
-ELSEWHERE = {"scheduler": "the shape of the learning rate is a flag (--schedule.*); the JSON holds its peak"}
+ELSEWHERE = {
+    "scheduler": "the shape of the learning rate is a flag (--schedule.*); the JSON holds its peak",
+    "checkpoint": "checkpoints have a format of their own, that resumes on any number of processes: leave it out",
+}
 
 
 def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -42,9 +44,11 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     wrong kind.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such DeepSpeed config; ds_configs/ holds ready ones") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text, as JSON is") from None
     try:
         config: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
@@ -60,6 +64,9 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
         aliases = {field.alias for field in model.model_fields.values() if field.alias}
         _refuse_unknown(config.get(section, {}), set(model.model_fields) | aliases, f"{path}: section {section!r}")
         _refuse_wrong_kinds(config.get(section, {}), model, f"{path}: {section}")
+    for name in ("offload_optimizer", "offload_param"):
+        device = (config.get("zero_optimization", {}).get(name) or {}).get("device")
+        require(device != "nvme", f"{path}: zero_optimization.{name} on NVMe cannot be saved: use cpu, or leave it out")
     autocast = config.get("torch_autocast", {})
     require(
         not autocast.get("enabled") or autocast.get("dtype") == "bfloat16",
@@ -68,7 +75,7 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
     )
     require("optimizer" in config, f"{path}: section 'optimizer' is missing; it holds type and peak learning rate")
     _check_optimizer(config["optimizer"], f"{path}: optimizer")
-    for key in COUNTS:
+    for key in BATCH_KEYS:
         value = config.get(key, 1)
         require(type(value) is int and value > 0, f"{path}: {key} {value!r} must be a whole number of at least 1")
     clipping = config.get("gradient_clipping", 0)

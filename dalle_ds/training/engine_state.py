@@ -13,13 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_ds.config import InputError
+from dalle_ds.storage.pieces import WEIGHT, Piece, PieceReader
 from dalle_ds.training.engine import Engine
-from dalle_ds.training.portable import Piece, PieceReader
 from dalle_ds.training.sections import SHARDED_WEIGHTS
 from dalle_kernels.compression.formats import ADAM_MEAN, ADAM_VARIANCE, decode, encode
 
-WEIGHT = "weight"
 STATE = "state."  # prefix of the kinds that the optimizer keeps
 COMPENSATION = "compensation"  # what rounding took from 16-bit weights
 POSITION = "position"
@@ -54,11 +52,16 @@ class Holding:
 
 
 def holdings(engine: Engine) -> list[Holding]:
-    """What the optimizer updates on this rank, in the order of its groups. Raises InputError where it lies on NVMe."""
+    """What the optimizer updates on this rank, in the order of its groups."""
     stage = engine.zero_optimization_stage()
     if stage == SHARDED_WEIGHTS:
         return list(_sharded_weights(engine))
     return list(_sharded_optimizer(engine) if stage > 0 else _whole(engine))
+
+
+def sizes(engine: Engine) -> dict[str, int]:
+    """Number of elements of each parameter, by name."""
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
 
 
 def is_writer(engine: Engine) -> bool:
@@ -77,8 +80,6 @@ def _sharded_weights(engine: Engine) -> Iterator[Holding]:
     for i, (parameters, flat) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     ):
-        if flat.numel() == 0:
-            raise InputError("checkpoints of an optimizer on NVMe cannot be written: use offload_optimizer device cpu")
         group = parameters[0].ds_process_group
         runs, offset = [], 0
         for parameter in parameters:
@@ -248,6 +249,12 @@ def put_pieces(engine: Engine, reader: PieceReader) -> None:
                     part = _part(value, run)
                     part.copy_(_convert(stored, kind, part.dtype))
         _put_scalars(state, optimizer, holding, reader)
+
+
+@torch.no_grad()
+def put_weights(engine: Engine, reader: PieceReader, kind: str) -> None:
+    """Fills the weights that this rank's optimizer updates, of which it keeps nothing yet, with pieces of that kind."""
+    join(engine, reader, kind, [holding.tensor for holding in holdings(engine)])
 
 
 def put_counters(engine: Engine, counters: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.storage.pieces import Piece, PieceReader
 from dalle_ds.training.gradient_scales import GradientScales, NoScaling
 from dalle_ds.training.seam import check_received
-from dalle_ds.training.portable import Piece, PieceReader
 from dalle_kernels.compression import Compressor
 
 Group = dist.ProcessGroup | None

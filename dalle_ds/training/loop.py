@@ -16,6 +16,7 @@ from dalle_ds.training.histograms import GradientHistograms
 from dalle_ds.training.metrics import MetricsLog, TrainingProgress, mean_over_ranks
 from dalle_ds.training.requests import Requests
 from dalle_ds.training.schedules import LearningRate
+from dalle_ds.training.skipped_updates import SkippedUpdates
 from dalle_ds.training.watch import Watch
 
 Batch = dict[str, Any]
@@ -50,16 +51,17 @@ def train(
 
     `step(batch, step, micro_step)` returns scalar tensors with "loss"; `learning_rate` gives a multiplier of the peak
     and sees each step's loss, `scalars(step)` is what else the log shows; every (every, action) runs after each `every`
-    steps, and at the end whatever its number. Raises Diverged, on every rank, naming the first rank and step whose loss
-    was not finite; and Preempted, when somebody asked to stop, after `save` of the step that had ended.
+    steps, in turn, and at the end whatever its number. Raises Diverged, on every rank, naming the first rank and step
+    whose loss was not finite; and Preempted, when somebody asked to stop, after `save` of the step that had ended.
     """
     accumulation = engine.gradient_accumulation_steps()
     window: list[dict[str, Tensor]] = []
     first_bad = torch.full((), math.inf, device=engine.device)
     window_began = time.time()
+    skipped = SkippedUpdates(engine)
     for index in range(start, steps):
         watch.beat(index + 1)
-        requests.post()
+        requests.post(index + 1)
         histograms.begin(index + 1, engine.extras.unscaling)
         rate = set_learning_rate(engine, learning_rate.multiplier(index))
         for micro_step in range(accumulation):
@@ -74,6 +76,7 @@ def train(
         if engine.was_step_applied():
             average.update()
         done = index + 1
+        skipped.see(done)
         histograms.end(done)
         loss = torch.stack([outputs["loss"] for outputs in window[-accumulation:]]).mean()
         if learning_rate.observe(index, loss) and metrics is not None:
@@ -84,9 +87,7 @@ def train(
             if metrics is not None:
                 metrics.write(done, "halving", {"by": "hand", "multiplier": learning_rate.multiplier(done)})
         due = [action for every, action in actions if done == steps or (every and done % every == 0)]
-        # When asked to stop there is time to save, perhaps for no more; but what the end of a run does comes only once.
-        due = [save, *(action for action in due if action is not save and done == steps)] if asked.stop else due
-        if done % log_every == 0 or done == steps or due:
+        if done % log_every == 0 or done == steps or due or asked.stop:
             means = mean_over_ranks(window)
             _check_finite(first_bad)
             n_images = len(window) // accumulation * engine.train_batch_size()
@@ -96,11 +97,34 @@ def train(
                 metrics.write(done, "train", {**values, **instruments(engine)})
             if progress is not None:
                 progress.update(done, means["loss"], rate_of_images)
-            for action in due:
-                action(done)
+            is_stopped = _act(due, done, save, requests, asked=asked.stop, is_last=done == steps)
+            if is_stopped:
+                raise Preempted(f"saved step {done}; go on with --resume auto")
             window, window_began = [], time.time()
-        if asked.stop:
-            raise Preempted(f"saved step {done}; go on with --resume auto")
+
+
+def _act(
+    due: Sequence[Callable[[int], None]],
+    step: int,
+    save: Callable[[int], None],
+    requests: Requests,
+    *,
+    asked: bool,
+    is_last: bool,
+) -> bool:
+    """Does what is due after `step`, or saves and no more once somebody asked to stop; whether somebody did."""
+    left, has_saved = list(due), False
+    while True:
+        if asked:
+            # There may be time to save and for no more; but what the end of a run does comes only once.
+            rest = [action for action in left if action is not save] if is_last else []
+            left = [*([] if has_saved else [save]), *rest]
+        if not left:
+            return asked
+        action = left.pop(0)
+        action(step)
+        has_saved = has_saved or action is save
+        asked = asked or (not is_last and requests.wants_stop())
 
 
 def _check_finite(first_bad: Tensor) -> None:

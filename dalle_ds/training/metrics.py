@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dalle_ds.training.folders import replace_text
+from dalle_ds.storage.files import replace_file
 
 # Seconds between lines where the output is no terminal.
 PLAIN_INTERVAL = 10.0
@@ -27,7 +27,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         # Time goes on from where the kept part ended.
         self.started = time.time() - (kept[-1]["time"] if kept else 0.0)
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         line = {"step": step, "kind": kind, "time": round(time.time() - self.started, 3), **values}

@@ -3,8 +3,12 @@
 One rank that was asked is enough. All agree on the step by a small all-reduce on the CPU, which runs beside the step:
 `post` launches it as a step begins, `agreed` reads it as that step ends. So a request that came before a step began is
 known to all when it ends, and nothing is under way between steps, while the run evaluates and saves, or after it.
+
+A request to halve the learning rate that was taken after a step keeps its file, with the step in its name: a run that
+dies before its next checkpoint and goes on from the last one halves it again after the same step.
 """
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
@@ -39,11 +43,12 @@ class Requests:
     """
 
     def __init__(self, run: Path) -> None:
-        self.file = run / HALVE_FILE
+        self.run = run
         self.n_signals = 0
         self._group: Any = None
         self._work: Any = None
         self._flags = torch.zeros(2, dtype=torch.int64)
+        self._step = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Requests":
@@ -65,10 +70,11 @@ class Requests:
             dist.destroy_process_group(self._group)
         self._group = self._work = None
 
-    def post(self) -> None:
-        """Tells the other ranks what was asked of this one so far; `agreed` is to follow."""
+    def post(self, step: int) -> None:
+        """Tells the other ranks, as `step` begins, what was asked of this one so far; `agreed` is to follow."""
         assert self._work is None, "post without agreed"
-        halve = dist.get_rank() == 0 and self.file.exists()
+        self._step = step
+        halve = dist.get_rank() == 0 and (self._file().exists() or self._file(step).exists())
         self._flags = torch.tensor([self.n_signals > 0, halve], dtype=torch.int64)
         if self._group is not None:
             self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -79,9 +85,22 @@ class Requests:
             self._work.wait()
             self._work = None
         stop, halve = self._flags.bool().tolist()
-        if halve and dist.get_rank() == 0:
-            self.file.unlink(missing_ok=True)
+        # A new one, where an earlier one is taken again, waits for the next step.
+        if halve and dist.get_rank() == 0 and not self._file(self._step).exists():
+            with contextlib.suppress(FileNotFoundError):  # it was withdrawn meanwhile
+                self._file().rename(self._file(self._step))
         return Asked(stop, halve)
+
+    def wants_stop(self) -> bool:
+        """Whether any rank was asked to stop by now; every rank must ask, between `agreed` and `post`."""
+        stop = torch.tensor([self.n_signals > 0], dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self._group)
+        return bool(stop)
+
+    def _file(self, taken_after: int | None = None) -> Path:
+        """The request to halve the learning rate, or what it becomes when it is taken after a step."""
+        return self.run / (HALVE_FILE if taken_after is None else f"{HALVE_FILE}-after-{taken_after:08d}")
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.n_signals += 1

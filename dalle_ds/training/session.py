@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dalle_ds import __version__
 from dalle_ds.config import LoopConfig, require
 from dalle_ds.training.averaging import ParameterAverage
+from dalle_ds.training.changes import CONFIG, DS_CONFIG, check_changes
+from dalle_ds.training.checkpoint import load_weights
 from dalle_ds.training.construction import Precision, build_engine
 from dalle_ds.training.deepspeed_config import batch_sizes, load_deepspeed_config
 from dalle_ds.training.distributed import Ranks
@@ -24,7 +27,7 @@ from dalle_ds.training.histograms import GradientHistograms
 from dalle_ds.training.loop import Batch, Step, train
 from dalle_ds.training.metrics import MetricsLog, training_progress
 from dalle_ds.training.requests import Requests
-from dalle_ds.training.run import check_same_model, open_run, write_run
+from dalle_ds.training.run import open_run, write_run
 from dalle_ds.training.run_state import RunState
 from dalle_ds.training.schedules import LearningRate
 from dalle_ds.training.watch import Watch
@@ -39,13 +42,6 @@ class Reader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
-
-
-class Upload(Protocol):
-    """Called with each finished checkpoint, copies it elsewhere in the background; `close` waits for the last one."""
-
-    def __call__(self, checkpoint: Path) -> None: ...
     def close(self) -> None: ...
 
 
@@ -79,8 +75,10 @@ class Stage:
     """steps between histograms of gradients; 0 for none"""
     resblock_of: Callable[[str], int | None] = lambda name: None
     """parameter name -> number of its resblock, which has a gradient scale of its own"""
-    upload: Upload | None = None
-    """what the first rank hands its checkpoints to"""
+    upload: Callable[[Path], None] | None = None
+    """what the first rank hands its checkpoints to, and does not wait for"""
+    init_from: Path | None = None
+    """checkpoint whose weights a new run begins with"""
     write_files: Callable[[Path], None] = lambda run: None
     """run folder -> writes what else belongs into it, before the first step"""
 
@@ -89,37 +87,51 @@ class Stage:
         return self.config.loop  # type: ignore[no-any-return]
 
 
-def train_stage(stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed_config: str) -> None:
+def train_stage(
+    stage: Stage, ranks: Ranks, *, out: Path, resume: str, deepspeed_config: str, allowed: Sequence[str] = ()
+) -> None:
     """Trains the stage into the run folder `out`, going on from its newest checkpoint when `resume` is auto.
 
-    Everything that can be refused is refused before the run folder is touched. Raises Preempted, having saved, when
-    somebody asks it to stop; ends the process when a rank does not come (training/watch.py).
+    Settings that are `allowed` may be others than the checkpoint's (training/changes.py). Everything that can be
+    refused is refused before the run folder is touched. Raises Preempted, having saved, when somebody asks it to stop;
+    ends the process when a rank does not come (training/watch.py).
     """
     with Requests(out) as requests, Watch(stage.loop.timeout_minutes) as watch:
-        _train(stage, ranks, requests, watch, out=out, resume=resume, deepspeed_config=deepspeed_config)
+        ds_config = load_deepspeed_config(deepspeed_config)
+        micro_batch_size, _ = batch_sizes(ds_config, ranks.world_size, deepspeed_config)
+        config = dataclasses.asdict(stage.config)
+        description = {"kind": stage.kind, "version": __version__, "config": config, **stage.facts}
+        checkpoint = open_run(out, resume)
+        if checkpoint is not None:
+            check_changes(checkpoint, description, ds_config, ranks.world_size, allowed)
+        _train(stage, ranks, requests, watch, out, checkpoint, description, ds_config, micro_batch_size)
 
 
 def _train(
-    stage: Stage, ranks: Ranks, requests: Requests, watch: Watch, *, out: Path, resume: str, deepspeed_config: str
+    stage: Stage,
+    ranks: Ranks,
+    requests: Requests,
+    watch: Watch,
+    out: Path,
+    checkpoint: Path | None,
+    description: dict[str, Any],
+    ds_config: dict[str, Any],
+    micro_batch_size: int,
 ) -> None:
     loop = stage.loop
-    ds_config = load_deepspeed_config(deepspeed_config)
-    micro_batch_size, _ = batch_sizes(ds_config, ranks.world_size, deepspeed_config)
-    checkpoint = open_run(out, resume)
-    config = dataclasses.asdict(stage.config)
-    if checkpoint is not None:
-        check_same_model(out, stage.kind, config, stage.facts)
     reader = stage.open_reader(micro_batch_size)
     engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier, stage.resblock_of)
+    if checkpoint is None and stage.init_from is not None:
+        load_weights(engine, stage.init_from)
     average = ParameterAverage(engine, stage.averaging, stage.averaging_every)
-    state = RunState(engine, average, reader, stage.learning_rate)
+    versions = {"python": platform.python_version(), **installed_versions()}
+    facts = {"n_parameters": n_parameters(engine), "world_size": ranks.world_size, "versions": versions}
+    documents = {CONFIG: description | facts, DS_CONFIG: ds_config}
+    state = RunState(engine, average, reader, stage.learning_rate, documents)
     start = 0 if checkpoint is None else state.restore(checkpoint)
+    write_run(out, documents)
     if ranks.is_first:
-        versions = {"python": platform.python_version(), **installed_versions()}
-        facts = {"n_parameters": n_parameters(engine), "world_size": ranks.world_size, "versions": versions}
-        write_run(out, stage.kind, config, ds_config, **facts, **stage.facts)
         stage.write_files(out)
-    dist.barrier()
     metrics = MetricsLog(out / "metrics.jsonl", start) if ranks.is_first else None
     histograms = _open_histograms(engine, stage.histogram_every, out, start)
 
@@ -156,7 +168,8 @@ def _train(
             steps=loop.steps,
             learning_rate=stage.learning_rate,
             scalars=stage.scalars,
-            actions=[(loop.evaluate_every, evaluate), (loop.sample_every, sample), (loop.save_every, save)],
+            # What is saved is safe from whatever comes after it.
+            actions=[(loop.save_every, save), (loop.evaluate_every, evaluate), (loop.sample_every, sample)],
             save=save,
             log_every=loop.log_every,
             metrics=metrics,
@@ -167,8 +180,6 @@ def _train(
         )
     engine.destroy()
     if ranks.is_first:
-        if stage.upload is not None:
-            stage.upload.close()
         what = f"steps {start + 1} to {loop.steps}" if start < loop.steps else f"nothing to do, {start} steps are done"
         print(f"{out}: {what} in {time.time() - began:.0f} s", flush=True)
         warn_of_skipped(out)
@@ -179,9 +190,8 @@ def _open_histograms(engine: Engine, every: int, out: Path, start: int) -> Gradi
         every == 0 or engine.extras.unscaling is not None,
         'histogram_every looks at gradients on their way: add the section "mixed_precision": {} to the DeepSpeed JSON',
     )
-    scales = engine.extras.scaling.values
     log = MetricsLog(out / "histograms.jsonl", start) if every and dist.get_rank() == 0 else None
-    return GradientHistograms(every, 0 if scales is None else len(scales), engine.device, log)
+    return GradientHistograms(every, engine.extras.n_resblocks, engine.device, log)
 
 
 def warn_of_skipped(out: Path) -> None:

@@ -1,26 +1,24 @@
 """The weights that an optimizer updates, whole by name, and back into the model that computes with them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.storage.pieces import WEIGHT, Piece
 from dalle_ds.training.engine import Engine
-from dalle_ds.training.engine_state import WEIGHT, take_pieces
-from dalle_ds.training.portable import Piece
+from dalle_ds.training.engine_state import take_pieces
 from dalle_ds.training.sections import SHARDED_WEIGHTS
 
 
 @torch.no_grad()
-def whole_weights(engine: Engine, pieces: Iterable[Piece] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole float32 weight), of what the optimizer updates; every rank must go through all of them.
-
-    Of other `pieces`, split as the weights are, where some are given.
-    """
+def whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole float32 weight), of what the optimizer updates; every rank must go through all of them."""
     here: dict[str, list[Piece]] = {}
-    for piece in (p for p in take_pieces(engine) if p.kind == WEIGHT) if pieces is None else pieces:
-        here.setdefault(piece.name, []).append(piece)
+    for piece in take_pieces(engine):
+        if piece.kind == WEIGHT:
+            here.setdefault(piece.name, []).append(piece)
     stage = engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)

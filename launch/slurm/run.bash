@@ -27,8 +27,11 @@ srun= asked= again=1
 trap 'asked=1 again=1; [ -z "$srun" ] || kill -USR1 "$srun"' USR1
 # This they get without us; we only stay to see them end.
 trap 'again=1' TERM
-# A rank that ends first, having saved, must not end the others; a minute later none has anything left to do.
-srun --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$@" &
+# A rank that ends first, having saved, must not end the others; a minute later none has anything left to do, but for
+# the first one, where it copies the last checkpoint to S3.
+wait=60
+[[ " $* " != *" --loop.upload"* ]] || wait=3600
+srun --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait="$wait" bash -c "$task" task "$@" &
 srun=$!
 [ -z "$asked" ] || kill -USR1 "$srun"
 # A signal ends a wait, but not srun.

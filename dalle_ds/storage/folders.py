@@ -8,7 +8,6 @@ checkpoints/replaced-step-00000500/  good, and in the way of a rename; the next 
 A process may be killed between any two operations: what was complete stays complete, under one of these names.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,42 +15,74 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.training.portable import Record, measure, sync, sync_folder, write_json
+from dalle_ds.config import InputError
+from dalle_ds.storage.files import PARTIAL, Record, measure, read_json, sync_folder, write_json
+from dalle_ds.storage.pieces import PieceReader
 
-MARKER = "complete.json"
-PARTIAL, REPLACED, CORRUPT = ".partial", "replaced-", "corrupt-"
-FORMAT = 2  # 1 was DeepSpeed's own shards
-COMPLETE = re.compile(rf"(?:{REPLACED})?step-(\d{{8,}})")
+CHECKPOINTS, MARKER, SHARDS = "checkpoints", "complete.json", "shards"
+REPLACED, CORRUPT = "replaced-", "corrupt-"
+FORMAT = 3  # 1 was DeepSpeed's own shards; 2 held weights and their average whole, beside the pieces
+_COMPLETE = re.compile(rf"(?:{REPLACED})?step-(\d{{8,}})")
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of the run, oldest first; whether their files are whole is another question."""
     found = {}
     # "step-..." comes after "replaced-..." and takes its place.
-    for marker in sorted(run.glob(f"checkpoints/*/{MARKER}")):
-        if match := COMPLETE.fullmatch(marker.parent.name):
-            found[int(match[1])] = marker.parent
+    for marker in sorted(run.glob(f"{CHECKPOINTS}/*/{MARKER}")):
+        step = find_step(marker.parent.name)
+        if step is not None:
+            found[step] = marker.parent
     return [found[step] for step in sorted(found)]
 
 
+def find_step(name: str) -> int | None:
+    """The step of a complete checkpoint, by the name of its folder; None for any other name."""
+    match = _COMPLETE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def step_of(checkpoint: Path) -> int:
-    match = COMPLETE.fullmatch(checkpoint.name)
-    assert match, checkpoint
-    return int(match[1])
+    step = find_step(checkpoint.name)
+    assert step is not None, checkpoint
+    return step
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is a complete checkpoint, and not a run folder."""
+    return (folder / MARKER).exists()
+
+
+def run_of(folder: Path) -> Path:
+    """The run folder, of itself or of one of its checkpoints."""
+    return folder.absolute().parent.parent if is_checkpoint(folder) else folder
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
     """The content of complete.json; empty when it is not to be read."""
-    try:
-        content = json.loads((checkpoint / MARKER).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(checkpoint / MARKER)
+
+
+def check_format(checkpoint: Path) -> None:
+    """Raises InputError for a checkpoint of another version of the format."""
+    if read_marker(checkpoint).get("format") != FORMAT:
+        raise InputError(
+            f"{checkpoint} was written by another version, in another format: use that version, or choose a new --out"
+        )
+
+
+def open_pieces(checkpoint: Path) -> PieceReader:
+    """All pieces of parameters in a complete checkpoint: use it in a `with` statement."""
+    names = [name for name in read_marker(checkpoint)["files"] if name.startswith(f"{SHARDS}/")]
+    return PieceReader((checkpoint / name for name in sorted(names)), str(checkpoint))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def begin(run: Path, step: int) -> Path:
     """An empty folder to write checkpoint `step` into; sweeps away what earlier saves have left."""
-    checkpoints = run / "checkpoints"
+    checkpoints = run / CHECKPOINTS
     checkpoints.mkdir(parents=True, exist_ok=True)
     for left in sorted(checkpoints.glob(f"{REPLACED}step-*")):
         target = checkpoints / left.name.removeprefix(REPLACED)
@@ -59,9 +90,12 @@ def begin(run: Path, step: int) -> Path:
             remove(left)
         else:
             left.rename(target)
+    # What cannot be removed stays, such as files that a killed process holds open on a network disk (.nfs...).
     for left in checkpoints.glob(f"*{PARTIAL}"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     folder = checkpoints / f"step-{step:08d}{PARTIAL}"
+    if folder.exists():
+        folder.rename(_free_name(checkpoints, f"left-step-{step:08d}", PARTIAL))
     folder.mkdir()
     return folder
 
@@ -81,13 +115,19 @@ def publish(partial: Path, content: dict[str, Any]) -> Path:
 
 def _set_aside(checkpoint: Path) -> None:
     """Moves what already bears the name of a new checkpoint: one that is not whole is not ours to remove."""
-    good = (checkpoint / MARKER).exists() and not find_faults(checkpoint)
-    aside = checkpoint.with_name((REPLACED if good else CORRUPT) + checkpoint.name)
-    n = 1
-    while aside.exists():
-        n += 1
-        aside = checkpoint.with_name(f"{CORRUPT}{checkpoint.name}-{n}")
+    aside = checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
+    if aside.exists() or not is_checkpoint(checkpoint) or find_faults(checkpoint):
+        aside = _free_name(checkpoint.parent, f"{CORRUPT}{checkpoint.name}")
     checkpoint.rename(aside)
+
+
+def _free_name(folder: Path, name: str, suffix: str = "") -> Path:
+    """The name, or the name with the first number that makes it a new one."""
+    path, n = folder / f"{name}{suffix}", 1
+    while path.exists():
+        n += 1
+        path = folder / f"{name}-{n}{suffix}"
+    return path
 
 
 def retain(run: Path, step: int, keep: int, keep_every: int = 0) -> None:
@@ -95,7 +135,7 @@ def retain(run: Path, step: int, keep: int, keep_every: int = 0) -> None:
 
     What is of a later step is left alone: this run did not go on from it.
     """
-    replaced = run / "checkpoints" / f"{REPLACED}step-{step:08d}"
+    replaced = run / CHECKPOINTS / f"{REPLACED}step-{step:08d}"
     if replaced.exists():
         remove(replaced)
     so_far = [checkpoint for checkpoint in complete_checkpoints(run) if step_of(checkpoint) <= step]
@@ -106,46 +146,40 @@ def retain(run: Path, step: int, keep: int, keep_every: int = 0) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Takes a checkpoint away: first its name, so that nobody sees half of it."""
-    doomed = checkpoint.with_name(f"{checkpoint.name}{PARTIAL}")
+    doomed = _free_name(checkpoint.parent, checkpoint.name, PARTIAL)
     os.replace(checkpoint, doomed)
     (doomed / MARKER).unlink(missing_ok=True)
     # What cannot be removed now is swept away by the next save.
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def find_faults(checkpoint: Path, files: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with a complete checkpoint, a line each: of all its files, or of some. Empty when all are whole."""
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def find_faults(checkpoint: Path, files: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
+    """What is wrong with a complete checkpoint, a line each: of all its files, or of some. Empty when all are whole.
+
+    Without `contents` only sizes are looked at, which takes no time.
+    """
     marker = read_marker(checkpoint)
     if "files" not in marker:
         return [f"{checkpoint / MARKER} cannot be read"]
     faults = []
     for name in sorted(marker["files"] if files is None else files):
-        fault = _find_fault(checkpoint / name, marker["files"][name])
+        fault = _find_fault(checkpoint / name, marker["files"][name], contents)
         if fault:
             faults.append(f"{checkpoint / name} {fault}")
     return faults
 
 
-def _find_fault(path: Path, record: Record) -> str:
+def _find_fault(path: Path, record: Record, contents: bool) -> str:
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
     if size != record["size"]:
         return f"has {size} bytes and was written with {record['size']}"
     try:
-        found = measure(path)
+        found = measure(path) if contents else record
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return "" if found == record else "has another checksum than when it was written"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file of the run folder: killed in between, or on a full disk, what it held before is still there."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            sync(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from dalle_ds.config import InputError
-from dalle_ds.training import portable
-from dalle_ds.training.portable import DTYPES, Entry, Piece, PieceReader, measure, write_pieces, write_tensors
+from dalle_ds.storage import pieces as pieces_module
+from dalle_ds.storage.files import measure
+from dalle_ds.storage.pieces import DTYPES, Entry, Piece, PieceReader, digest_tensors, write_pieces, write_tensors
 
 
 def test_a_file_is_what_safetensors_reads_and_its_record_is_that_of_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(portable, "CHUNK", 64)  # several chunks a tensor
+    monkeypatch.setattr(pieces_module, "CHUNK", 64)  # several chunks a tensor
     generator = torch.Generator().manual_seed(0)
     tensors = {
         str(dtype): torch.randint(0, 2, (7, 5), generator=generator).to(dtype)
@@ -24,6 +25,8 @@ def test_a_file_is_what_safetensors_reads_and_its_record_is_that_of_its_bytes(tm
     record = write_tensors(tmp_path / "file", entries, tensors.values(), {"what": "ever"})
     assert record == measure(tmp_path / "file")
     assert record["size"] == (tmp_path / "file").stat().st_size
+    without_metadata = write_tensors(tmp_path / "other", entries, tensors.values())
+    assert without_metadata["sha256"] == digest_tensors(entries, tensors.values())
     read = load_file(tmp_path / "file")
     assert read.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -58,6 +61,31 @@ def test_missing_elements_are_an_error_that_names_the_parameter(tmp_path, begin,
             reader.read("w", "weight", begin, length)
         with pytest.raises(InputError, match="of v"):
             reader.read("v", "weight", 0, 1)
+
+
+SIZES = {"w": 4, "v": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"), [({"w": 4}, "v"), ({**SIZES, "u": 1}, "u"), ({**SIZES, "w": 3}, "w"), ({"w": 4, "V": 2}, "V")]
+)
+def test_pieces_of_another_model_are_an_error_that_names_a_parameter(tmp_path, sizes, named):
+    pieces = [Piece("w", "weight", begin, torch.ones(2)) for begin in (0, 2)] + [Piece("v", "weight", 0, torch.ones(2))]
+    write_pieces(tmp_path / "file", pieces, {})
+    with PieceReader([tmp_path / "file"], "runs/a") as reader:
+        reader.check_fit(SIZES)
+        with pytest.raises(InputError, match=f"runs/a is of another model: parameter '{named}' does not fit"):
+            reader.check_fit(sizes)
+
+
+def test_a_file_that_is_cut_anywhere_is_an_error_in_one_line_that_names_it(tmp_path):
+    write_pieces(tmp_path / "file", [Piece("w", "weight", 0, torch.ones(9))], {})
+    whole = (tmp_path / "file").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "file").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="file is damaged") as error:
+            PieceReader([tmp_path / "file"])
+        assert "\n" not in str(error.value)
 
 
 def test_numbers_of_all_writers_come_together(tmp_path):

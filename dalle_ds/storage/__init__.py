@@ -1,0 +1,1 @@
+"""What lies on the disk: durable files, pieces of parameters, and the folders of checkpoints."""

@@ -1,0 +1,40 @@
+"""A watch over skipped updates: one now and then is how scales find their place, many in a row lead nowhere."""
+
+from torch import Tensor
+
+from dalle_ds.training.agreement import is_first
+from dalle_ds.training.engine import Engine
+
+MANY = 100  # skipped updates in a row, after each of which a line says so
+MOST_NAMED = 8  # resblocks in a line
+
+
+class SkippedUpdates:
+    """Counts the updates that the engine skipped in a row."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.n_in_a_row = 0
+        self._events_before: Tensor | None = None
+
+    def see(self, step: int) -> None:
+        """To be called after each step; prints a warning, on the first rank, after so many skipped ones."""
+        if self.engine.was_step_applied():
+            self.n_in_a_row = 0
+            return
+        self.n_in_a_row += 1
+        events = self.engine.extras.scaling.n_events
+        if self.n_in_a_row == 1 and events is not None:
+            self._events_before = events.clone()
+        if self.n_in_a_row % MANY == 0 and is_first():
+            print(f"warning: {_tell(step, self.n_in_a_row, events, self._events_before)}", flush=True)
+
+
+def _tell(step: int, n: int, events: Tensor | None, before: Tensor | None) -> str:
+    said = f"the last {n} updates were skipped, up to step {step}: their gradients were not finite"
+    if events is None or before is None:
+        return f"{said}; lower the learning rate, and look at the data"
+    named = [str(i) for i in (events > before).nonzero().flatten().tolist()]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    where = f"in resblocks {', '.join(named[:MOST_NAMED])}{more}" if named else "outside all resblocks"
+    return f"{said}, {where}; lower the learning rate or resblock_gradient_scaling.lowest_scale, or look at the data"
