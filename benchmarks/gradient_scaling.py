@@ -16,7 +16,7 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ class Result:
 
     setting: str
     arm: str
+    seed: int = 0
     losses: list[float]
     scales: list[list[float]] = field(default_factory=list)
     flushed: dict[int, list[float]] = field(default_factory=dict)
@@ -147,19 +148,21 @@ class Gain(nn.Module):
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=Size.steps)
-    parser.add_argument("--seed", type=int, default=Size.seed)
+    parser.add_argument("--seeds", type=int, default=3, help="of the steep setting; the milder ones have one")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, of one thread each")
     parser.add_argument("--quick", action="store_true", help="two steps of a small model, to see that all works")
     parser.add_argument("--out", type=Path, default=results_path("").parent, help="folder of the table and the plot")
     args = parser.parse_args(arguments)
-    size = Size(steps=args.steps, seed=args.seed)
+    size, seeds = Size(steps=args.steps), args.seeds
     if args.quick:
         small = PriorConfig(
             text_vocab_size=4, text_len=4, image_vocab_size=4, grid_size=2, n_layer=1, n_head=1, head_dim=8
         )
-        size = Size(steps=2, batch_size=2, every=1, model=small)
+        size, seeds = Size(steps=2, batch_size=2, every=1, model=small), 1
     began = time.time()
-    tasks = [(setting, arm, size) for setting, arm in TASKS]
+    tasks = [
+        (*task, replace(size, seed=seed)) for seed in range(seeds) for task in TASKS if not seed or task[0] == STEEP
+    ]
     trained = in_processes(train, tasks, 1 if args.quick else args.processes)
     results = list(track(trained, "training priors", total=len(tasks)))
     write(results, size, args.out, time.time() - began)
@@ -213,6 +216,7 @@ def train(task: tuple[str, str, Size]) -> Result:
     result = Result(
         setting=setting,
         arm=arm,
+        seed=size.seed,
         losses=losses,
         scales=scales,
         flushed=flushed,
@@ -304,6 +308,7 @@ def report(results: Sequence[Result], size: Size, plot: str, seconds: float) -> 
     """The whole page: machine, setting, figures of each training, and what was needed."""
     steep, model = SETTINGS[STEEP], size.model
     cpu = np.median([result.seconds for result in results])
+    n_seeds = 1 + max(result.seed for result in results)
     return "\n".join(
         [
             f"# One gradient scale or one a resblock, {results_path('').name[:10]}",
@@ -312,26 +317,26 @@ def report(results: Sequence[Result], size: Size, plot: str, seconds: float) -> 
             "",
             f"{size.n_resblocks} resblocks of width {model.dim}; captions of {model.text_len - 1} random tokens of "
             f"{model.text_vocab_size}, pictures of {model.image_len} tokens that repeat them: guessing costs "
-            f"{math.log(model.image_vocab_size):.3f} nats a token. {size.steps} updates of {size.batch_size}, AdamW "
-            f"at {LEARNING_RATE:g} after {WARMUP} updates of warm-up, to {FINAL:.0%} of it along a cosine, eps 1e-20, "
-            "no weight decay, no clipping. ZeRO-3 on one process, matrices of resblocks in 16 bits with float32 copies "
-            f"and all else in float32, gradients added up in float32. Seed {size.seed}.",
+            f"{math.log(model.image_vocab_size):.3f} nats a token. {size.steps} updates of {size.batch_size} in every "
+            f"arm, AdamW at {LEARNING_RATE:g} after {WARMUP} updates of warm-up, to {FINAL:.0%} of it along a cosine, "
+            "eps 1e-20, no weight decay, no clipping. ZeRO-3 on one process, matrices of resblocks in 16 bits with "
+            "float32 copies and all else in float32, gradients added up in float32.",
             "",
             f"Steep: outputs of resblocks have a gain of 2^{steep.quiet}, that of resblock {LOUD} one of "
-            f"2^{steep.loud}; its hidden channel 0 holds 2^{steep.constant}. One dynamic scale is DeepSpeed's (from "
-            f"2^16, halved at an overflow, doubled after {GLOBAL['loss_scale_window']} updates, at least 1). The "
-            "scales of resblocks begin at 2^13 and grow by 2^0.001 as the paper's, but fall by "
-            f"{SCALES['shrink']:g} without patience and may fall below 2^7: the paper's rules take thousands of "
-            "updates.",
+            f"2^{steep.loud}; its hidden channel 0 holds 2^{steep.constant}; the loss is 2^{steep.loss} of itself, as "
+            "in a batch so much larger by whose size it is divided. Adam sees none of it. Both kinds of scale begin at "
+            f"2^{FIRST_SCALE} and are halved when something overflows. One dynamic scale is DeepSpeed's, doubled after "
+            f"{GLOBAL['loss_scale_window']} updates. Those of resblocks have the paper's bounds, 2^7 and 2^24, and its "
+            "growth of 2^0.001; the paper's fall by the root of 2 and once in 125 updates, which takes thousands.",
             "",
             "| setting | arm | loss at the end, nats a token | over float32's | flushed to zero: mean of resblocks | "
             "worst resblock | skipped updates | scales at the end |",
             "|---|---|---|---|---|---|---|---|",
-            *(row(result, results) for result in results),
+            *(row(results, *task) for task in TASKS),
             "",
-            f"Loss: mean over the last {TAIL} updates. Flushed: entries of gradients of a resblock's matrices that are "
-            "zero after the backward pass and are not in float32 at the same weights, mean over the second half of "
-            "training.",
+            f"Loss: mean over the last {TAIL} updates; of the steep setting mean of {n_seeds} seeds (lowest to "
+            "highest). Flushed: entries of gradients of a resblock's matrices that are zero after the backward pass "
+            "and are not in float32 at the same weights, mean over the second half of training.",
             "",
             *conclusions(results),
             "",
@@ -341,26 +346,33 @@ def report(results: Sequence[Result], size: Size, plot: str, seconds: float) -> 
     )
 
 
-def find(results: Sequence[Result], setting: str, arm: str) -> Result:
-    return next(result for result in results if (result.setting, result.arm) == (setting, arm))
+def of(results: Sequence[Result], setting: str, arm: str) -> list[Result]:
+    """Those of the arm, by seed."""
+    return [result for result in results if (result.setting, result.arm) == (setting, arm)]
 
 
-def row(result: Result, results: Sequence[Result]) -> str:
+def row(results: Sequence[Result], setting: str, arm: str) -> str:
+    found = of(results, setting, arm)
     # In exact arithmetic gains change nothing, so that plain float32 is what to compare with.
-    setting = STEEP if result.setting == STEEP else PLAIN
-    excess = result.last - find(results, setting, REFERENCE).last
-    flushed = late_flushes(result)
-    last = [math.log2(scale) for scale in result.scales[-1]]
-    scales = f"2^{last[0]:.1f}" if len(last) == 1 else f"2^{min(last):.1f} to 2^{max(last):.1f}"
+    references = of(results, STEEP if setting == STEEP else PLAIN, REFERENCE)
+    excesses = [result.last - reference.last for result, reference in zip(found, references, strict=False)]
+    flushed = [late_flushes(result) for result in found if result.flushed]
+    logs = [[math.log2(scale) for scale in result.scales[-1]] for result in found]
+    low, high = min(map(min, logs)), max(map(max, logs))
     cells = [
-        f"{result.last:.3f}",
-        f"{excess:+.3f}",
+        span([result.last for result in found]),
+        f"{np.mean(excesses):+.3f}",
         f"{np.mean(flushed):.1%}" if flushed else "",
-        f"{max(flushed):.1%}" if flushed else "",
-        f"{result.skipped}{', ended by DeepSpeed' if result.ended else ''}",
-        scales if "fp16" in result.arm else "",
+        f"{np.mean([max(values) for values in flushed]):.1%}" if flushed else "",
+        ", ".join(f"{result.skipped}{' (ended by DeepSpeed)' if result.ended else ''}" for result in found),
+        "" if "fp16" not in arm else f"2^{low:.1f}" if low == high else f"2^{low:.1f} to 2^{high:.1f}",
     ]
-    return f"| {result.setting} | {result.arm} | " + " | ".join(cells) + " |"
+    return f"| {setting} | {arm} | " + " | ".join(cells) + " |"
+
+
+def span(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def late_flushes(result: Result) -> list[float]:
@@ -371,23 +383,25 @@ def late_flushes(result: Result) -> list[float]:
 
 
 def conclusions(results: Sequence[Result]) -> list[str]:
-    steep = {arm: find(results, STEEP, arm) for arm in ARMS}
-    gains, plain = find(results, GAINS, ONE), find(results, PLAIN, ONE)
-    others = [value for k, value in enumerate(late_flushes(steep[NONE])) if k != LOUD]
+    last = {task: float(np.mean([result.last for result in of(results, *task)])) for task in TASKS}
+    one, each = of(results, STEEP, ONE), of(results, STEEP, EACH)
+    others = [value for result in one for k, value in enumerate(late_flushes(result)) if k != LOUD]
+    loud = np.mean([math.log2(result.scales[-1][LOUD]) for result in each])
     return [
+        f"- In the steep setting one scale ends at {last[STEEP, ONE]:.3f} nats after {len(one[0].losses)} updates, one "
+        f"for each resblock at {last[STEEP, EACH]:.3f}, float32 at {last[STEEP, REFERENCE]:.3f}.",
+        "",
         "What it takes for one scale to fail:",
         "",
-        f"- Not depth: in the plain model it ends at {plain.last:.3f} against float32's "
-        f"{find(results, PLAIN, REFERENCE).last:.3f}.",
-        f"- Not gains alone, though they set resblocks 2^20 apart: {gains.last:.3f}. A gradient times the value that "
-        "it belongs to says how much the loss depends on that value, which no gain changes. So gains cannot move "
+        f"- Not depth: in the plain model it ends at {last[PLAIN, ONE]:.3f} against float32's "
+        f"{last[PLAIN, REFERENCE]:.3f}.",
+        f"- Not gains alone, though they set resblocks 2^20 apart: {last[GAINS, ONE]:.3f}. A gradient times the value "
+        "that it belongs to says how much the loss depends on that value, which no gain changes. So gains cannot move "
         "gradients farther apart than fp16 can hold the values, 2^30 or so, and it holds gradients over 2^40.",
         "- A constant in a hidden channel breaks that bond: the row of the matrix that reads it has gradients as many "
         "times larger, while nothing is small. That row overflows first and holds one scale down, at "
-        f"2^{math.log2(steep[ONE].scales[-1][0]):.0f} after {len(steep[ONE].losses)} updates; at 2^0, the least that "
-        f"DeepSpeed allows before it ends a run, {np.mean(others):.1%} of the entries of the other resblocks are "
-        f"flushed. With a scale for each, resblock {LOUD} has 2^{math.log2(steep[EACH].scales[-1][LOUD]):.1f}, and the "
-        f"highest is 2^{math.log2(max(steep[EACH].scales[-1])):.1f}.",
+        f"2^{math.log2(one[0].scales[-1][0]):.0f}, where {np.mean(others):.1%} of the entries of the other resblocks "
+        f"are flushed. With a scale for each, resblock {LOUD} has 2^{loud:.1f}, and the others up to 2^{FIRST_SCALE}.",
     ]
 
 
@@ -401,17 +415,17 @@ def draw(results: Sequence[Result], size: Size, path: Path) -> None:
     ):
         figure = Figure(figsize=(12, 7.2), layout="constrained")
         scales, flushed, losses, milder = figure.subplots(2, 2).flatten()
-        each = find(results, STEEP, EACH)
+        each = of(results, STEEP, EACH)[0]
         for k in range(size.n_resblocks):
             style: dict[str, Any] = {"color": mpl.colormaps["viridis"](k / size.n_resblocks), "linewidth": 1}
             scales.plot([math.log2(values[k]) for values in each.scales], **style)
-        one = find(results, STEEP, ONE)
+        one = of(results, STEEP, ONE)[0]
         scales.plot(
             [math.log2(values[0]) for values in one.scales], color=COLOURS[ONE], linewidth=2, linestyle="--", label=ONE
         )
         scales.plot([], color="#3b528b", label=f"each resblock; the lowest is number {LOUD}")
         finish(scales, "Gradient scales, steep setting", "update", "log2 of the scale")
-        counted = [result for result in results if result.setting == STEEP and result.flushed]
+        counted = [result for result in results if result.setting == STEEP and result.flushed and not result.seed]
         for i, result in enumerate(counted):
             places = np.arange(size.n_resblocks) + 0.2 * (i - 1.5)
             heights = [100 * value for value in late_flushes(result)]
@@ -421,9 +435,9 @@ def draw(results: Sequence[Result], size: Size, path: Path) -> None:
         flushed.legend(fontsize=8, ncols=2, loc="upper left", framealpha=1, edgecolor="none")
         flushed.set_yticks(range(0, 101, 25))
         for result in results:
-            if result.setting == STEEP:
+            if result.setting == STEEP and not result.seed:
                 curve(losses, result.losses, COLOURS[result.arm], result.arm)
-            else:
+            elif result.setting != STEEP:
                 style_name = ":" if result.setting == GAINS else "-"
                 curve(milder, result.losses, COLOURS[result.arm], f"{result.setting}: {result.arm}", style_name)
         finish(losses, "Loss, steep setting", "update", "nats an image token")
