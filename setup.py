@@ -36,7 +36,6 @@ setup(
         # What the released DALL-E package imports; itself, with its own pins, it is installed by the Makefile alone.
         "test": ["pytest", "pytest-xdist", "webdataset", "attrs", "requests", "moto[s3]", "flask", "flask-cors"],
         "dev": ["ruff", "mypy"],
-        "eval": [],
     },
     entry_points={"console_scripts": ["dalle-ds=dalle_ds.cli:main"]},
 )
