@@ -69,13 +69,6 @@ def _environment(values):
                 os.environ[name] = value
 
 
-def rank_variables(world_size):
-    """What a launcher would tell each of `world_size` processes, by rank, on a free port."""
-    group = {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank, **group} for rank in range(world_size)]
-    return [{name: str(value) for name, value in variables.items()} for variables in ranks]
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

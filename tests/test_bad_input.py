@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import CONFIGS, run_here, run_in_ranks
 from helpers import call_commands, run_distributed
-from test_commands import ROOT, TIMEOUT, environment, launcher, make_picture
+from programs import ROOT, TIMEOUT, environment, launcher
+from test_commands import make_picture
 
 from dalle_ds.data.writer import ShardWriter
 

@@ -2,72 +2,20 @@
 
 import io
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import GRID_SIZE, N_PIECES, N_TRAIN, VOCAB_SIZE, run_here, run_in_ranks
 from helpers import read_weights
 from PIL import Image
+from programs import ROOT, assert_same_weights, environment, launcher, read_json, read_lines, start
 
 from dalle_ds.data.sources import open_source
 from dalle_ds.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[1]
-TIMEOUT = 180  # seconds, of which a command here takes ten
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text())
-
-
-def read_lines(run, kind):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
-
-
-def assert_same_weights(first, second):
-    weights, others = read_weights(first), read_weights(second)
-    assert weights.keys() == others.keys()
-    for name, tensor in weights.items():
-        assert tensor.equal(others[name]), name
-
-
-def environment():
-    """For programs that need not find an installed package, nor a GPU."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-
-
-def start(*command):
-    """Runs a program as a user would, on the CPU, and returns what it printed."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def launcher(n):
-    """The deepspeed launcher with n processes, on a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    return [deepspeed, "--quiet", "--master_port", port, "--num_accelerators", n]
-
 
 # --- the chain --------------------------------------------------------------------------------------------------------
 

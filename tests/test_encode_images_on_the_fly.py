@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_here, run_in_ranks
 from PIL import Image
-from test_commands import assert_same_weights, read_json, read_lines
+from programs import assert_same_weights, read_json, read_lines
 
 from dalle_ds.cli import main
 from dalle_ds.commands.import_dvae import write_imported

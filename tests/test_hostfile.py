@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port
-from test_commands import ROOT, environment, read_lines
+from programs import ROOT, environment, read_lines
 from test_launchers import SCRIPT, flags_of
 from test_preemption import LIMIT
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import free_port
-from test_commands import ROOT, environment, read_lines
+from programs import ROOT, environment, read_lines
 from test_preemption import LIMIT, last_step, small_batches
 
 BIN = Path(sys.executable).parent

@@ -2,13 +2,11 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from helpers import rank_variables
-from test_commands import ROOT, assert_same_weights, environment, read_lines
+from programs import ROOT, assert_same_weights, read_lines, start_ranks
 
 from dalle_ds.training.metrics import read_metrics
 
@@ -36,17 +34,7 @@ class Run:
         command = [sys.executable, ROOT / "launch/train_prior.py"]
         command += chain.train_prior(out, "--loop.steps", STEPS, "--resume", "auto", *flags)[1:]
         command += ["--deepspeed_config", small_batches(chain.root)]
-        self.ranks = [
-            subprocess.Popen(
-                [str(part) for part in command],
-                env={**environment(), **variables},
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for variables in rank_variables(2)
-        ]
+        self.ranks = start_ranks(command, 2)
 
     def __enter__(self):
         return self

@@ -3,13 +3,13 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import SMALL_DVAE, SMALL_PRIOR
+from helpers import free_port
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,12 +32,6 @@ def read_commands():
     return [line for line in lines if line.startswith(("dalle-ds ", "deepspeed ", "python "))]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def make_small(line):
     """The command as a list, by this Python, with the flags that make it small."""
     words = shlex.split(line)
@@ -45,7 +39,7 @@ def make_small(line):
     if words[0] == "dalle-ds":
         words = [sys.executable, "-m", "dalle_ds.cli", *words[1:]]
     elif words[0] == "deepspeed":
-        words = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port(), *words[1:]]
+        words = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port()), *words[1:]]
     return [*words, *map(str, extra)]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port
-from test_commands import ROOT, assert_same_weights, environment, read_lines
+from programs import ROOT, assert_same_weights, environment, read_lines
 from test_preemption import LIMIT, STEPS, Run, last_step, small_batches
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from test_commands import ROOT
+from programs import ROOT
 
 PROGRAMS = {
     # One line of what it was called with, then what the case says; SIGUSR1 ends it as it ends torchrun.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import run_here, run_in_ranks
 from helpers import read_weights
+from programs import read_lines
 
 from dalle_ds.cli import main
 from dalle_ds.commands.train_dvae import make_stage, noise_seeds
@@ -66,11 +67,6 @@ def train(scenes, tmp_path):
         return ["train-dvae", "--deepspeed_config", path, "--out", tmp_path / name, *data, *FLAGS, *flags]
 
     return command
-
-
-def read_lines(run, kind="train"):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 def losses(run, kind="train"):
@@ -170,7 +166,7 @@ def test_it_trains_in_every_zero_stage_and_precision(train, tmp_path, world_size
                 assert 0 <= line["kl_per_cell"] <= math.log(VOCAB_SIZE)
         if (stage, precision) != (0, "fp32"):  # where DeepSpeed clips without telling the norm
             norms, true_norms = (
-                [line["gradient_norm"] for line in read_lines(folder)] for folder in (run, tmp_path / "1-fp32")
+                [line["gradient_norm"] for line in read_lines(folder, "train")] for folder in (run, tmp_path / "1-fp32")
             )
             assert norms == pytest.approx(true_norms, rel=NORM_TOLERANCE), case
         assert losses(run, "validation")[-1] < losses(run, "validation")[0], case

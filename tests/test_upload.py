@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -11,9 +10,8 @@ import time
 import boto3
 import pytest
 import torch
-from helpers import rank_variables
+from programs import ROOT, start, start_ranks
 from s3_faults import S3Server
-from test_commands import ROOT, environment, start
 from test_preemption import LIMIT, last_step, small_batches
 
 from dalle_ds.config import InputError, Preempted, ReadConfig
@@ -375,20 +373,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start_ranks(world_size, seconds, command):
+def start_slow_ranks(world_size, seconds, command):
     """`dalle-ds` on ranks of its own, each of whose copies takes so long a file."""
     program = [sys.executable, "-c", SLOW.format(seconds=seconds)]
-    return [
-        subprocess.Popen(
-            [str(part) for part in (*program, *command)],
-            env={**environment(), **variables},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for variables in rank_variables(world_size)
-    ]
+    return start_ranks([*program, *command], world_size)
 
 
 def ended(ranks):

@@ -1,13 +1,12 @@
 """A run that stands still ends, and one line names the ranks that did not arrive."""
 
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from helpers import rank_variables, run_distributed
-from test_commands import ROOT, environment
+from helpers import run_distributed
+from programs import ROOT, start_ranks
 from test_preemption import last_step, small_batches
 
 from dalle_ds.training.watch import Standing, verdict
@@ -36,17 +35,7 @@ class Ranks:
     """A command on ranks of its own, of which one may never end by itself."""
 
     def __init__(self, command, world_size):
-        self.processes = [
-            subprocess.Popen(
-                [str(part) for part in command],
-                env={**environment(), **variables},
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for variables in rank_variables(world_size)
-        ]
+        self.processes = start_ranks(command, world_size)
 
     def __enter__(self):
         return self
