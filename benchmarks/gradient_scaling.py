@@ -36,6 +36,8 @@ from dalle_ds.training.whole_weights import whole_weights
 
 LEARNING_RATE, WARMUP, FINAL = 2e-3, 20, 0.1
 TAIL = 20  # updates, whose mean loss is the last loss
+# Of the way from guessing to float32's loss: at most, and at least.
+FAILS, TRAINS = 0.1, 0.9
 FIRST_SCALE = 24  # as a power of two: the highest of the paper's
 # The paper's bounds and growth. But a benchmark is short: scales are halved, as DeepSpeed's, and at every overflow,
 # where the paper's fall by a square root of that, and once in 125 updates.
@@ -338,7 +340,7 @@ def report(results: Sequence[Result], size: Size, plot: str, seconds: float) -> 
             "highest). Flushed: entries of gradients of a resblock's matrices that are zero after the backward pass "
             "and are not in float32 at the same weights, mean over the second half of training.",
             "",
-            *conclusions(results),
+            *conclusions(results, size),
             "",
             f"![Scales, entries flushed to zero, and losses]({plot})",
             "",
@@ -382,27 +384,48 @@ def late_flushes(result: Result) -> list[float]:
     return [float(value) for value in np.mean(late, axis=0)] if late else []
 
 
-def conclusions(results: Sequence[Result]) -> list[str]:
+def conclusions(results: Sequence[Result], size: Size) -> list[str]:
     last = {task: float(np.mean([result.last for result in of(results, *task)])) for task in TASKS}
     one, each = of(results, STEEP, ONE), of(results, STEEP, EACH)
+    holds = [
+        way(a.last, reference.last, size) <= FAILS and way(b.last, reference.last, size) >= TRAINS
+        for a, b, reference in zip(one, each, of(results, STEEP, REFERENCE), strict=True)
+    ]
     others = [value for result in one for k, value in enumerate(late_flushes(result)) if k != LOUD]
-    loud = np.mean([math.log2(result.scales[-1][LOUD]) for result in each])
+    loud = [result.scales[-1][LOUD] for result in each]
+    is_lowest = all(min(result.scales[-1]) == scale for result, scale in zip(each, loud, strict=True))
+    milder = {task: way(last[task], last[PLAIN, REFERENCE], size) >= TRAINS for task in ((PLAIN, ONE), (GAINS, ONE))}
     return [
         f"- In the steep setting one scale ends at {last[STEEP, ONE]:.3f} nats after {len(one[0].losses)} updates, one "
-        f"for each resblock at {last[STEEP, EACH]:.3f}, float32 at {last[STEEP, REFERENCE]:.3f}.",
+        f"for each resblock at {last[STEEP, EACH]:.3f}, float32 at {last[STEEP, REFERENCE]:.3f}; guessing is "
+        f"{chance(size):.3f}. The claim, that one scale goes at most {FAILS:.0%} of the way from guessing to float32's "
+        f"loss and one each at least {TRAINS:.0%}, holds for {sum(holds)} of {len(holds)} seeds.",
         "",
         "What it takes for one scale to fail:",
         "",
-        f"- Not depth: in the plain model it ends at {last[PLAIN, ONE]:.3f} against float32's "
-        f"{last[PLAIN, REFERENCE]:.3f}.",
-        f"- Not gains alone, though they set resblocks 2^20 apart: {last[GAINS, ONE]:.3f}. A gradient times the value "
-        "that it belongs to says how much the loss depends on that value, which no gain changes. So gains cannot move "
-        "gradients farther apart than fp16 can hold the values, 2^30 or so, and it holds gradients over 2^40.",
+        f"- {'Not depth' if milder[PLAIN, ONE] else 'Depth alone'}: in the plain model it ends at "
+        f"{last[PLAIN, ONE]:.3f} against float32's {last[PLAIN, REFERENCE]:.3f}.",
+        f"- {'Not gains' if milder[GAINS, ONE] else 'Gains'} alone, which set resblocks 2^20 apart: "
+        f"{last[GAINS, ONE]:.3f}. A gradient times the value that it belongs to says how much "
+        "the loss depends on that value, which no gain changes. So gains cannot move gradients farther apart than "
+        "fp16 can hold the values, 2^30 or so, and it holds gradients over 2^40.",
         "- A constant in a hidden channel breaks that bond: the row of the matrix that reads it has gradients as many "
-        "times larger, while nothing is small. That row overflows first and holds one scale down, at "
+        f"times larger, while nothing is small. With a scale for each, that of its resblock, number {LOUD}, is "
+        f"{'the lowest' if is_lowest else 'not the lowest'} of all in every seed: "
+        f"2^{np.mean(np.log2(loud)):.1f}, of others up to 2^{FIRST_SCALE}. One scale for all ends at "
         f"2^{math.log2(one[0].scales[-1][0]):.0f}, where {np.mean(others):.1%} of the entries of the other resblocks "
-        f"are flushed. With a scale for each, resblock {LOUD} has 2^{loud:.1f}, and the others up to 2^{FIRST_SCALE}.",
+        "are flushed.",
     ]
+
+
+def chance(size: Size) -> float:
+    """Nats a token of who knows nothing."""
+    return math.log(size.model.image_vocab_size)
+
+
+def way(last: float, reference: float, size: Size) -> float:
+    """How much of the way from guessing to the reference's loss was gone."""
+    return (chance(size) - last) / max(chance(size) - reference, 1e-9)
 
 
 def draw(results: Sequence[Result], size: Size, path: Path) -> None:

@@ -30,7 +30,7 @@ from dalle_kernels.compression.powersgd import PowerSGD
 N_RANKS, N_SHARDS = 2, 8
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TARGET = 1.0
-# Gradients are small: those of a sum over a batch would not fit 1-6-9, which ends at 16.
+# Gradients are of the size of a batch's mean.
 SCALE = 2.0**-10
 # Relative error (2-norm) above which no speed is shown: the paper's epsilon, or 2**-10 of a rounded P, times P's
 # condition.

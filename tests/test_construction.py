@@ -52,6 +52,10 @@ CASES = {
     "stage3-mixed": (ds_config(3, mixed_precision={}), EXACT),
     "stage3-mixed-bf16": (ds_config(3, mixed_precision={}, **BF16), 8 * HALF),
     "stage3-mixed-fp16-global": (ds_config(3, mixed_precision={}, fp16={"enabled": True}), HALF),
+    "stage3-mixed-fp16-growing": (
+        ds_config(3, mixed_precision={}, fp16={"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1}),
+        HALF,
+    ),
     "stage3-16-bit-everything": (ds_config(3, **SCALED, **FP16, **COMPACT), HALF),
     "machines": (ds_config(3, **MACHINES), EXACT),
     "machines-scaled-fp16": (ds_config(3, **MACHINES, **SCALED, **FP16), HALF),
@@ -436,7 +440,7 @@ def run_histograms():
     with process_group():
         for name, config in HISTOGRAM_CONFIGS.items():
             engine, log = make_engine(config), mock.Mock()
-            histograms = GradientHistograms(1, engine.extras.n_resblocks, engine.device, log)
+            histograms = GradientHistograms.of(engine, 1, log)
             train(engine, range(2))
             histograms.begin(3, engine.extras.unscaling)
             train(engine, [2])
@@ -450,6 +454,10 @@ def mean_exponent(row):
     return sum(e * n for e, n in enumerate(row["counts"], row["first"])) / sum(row["counts"])
 
 
+def n_entries(row):
+    return sum(row["counts"]) + row["zeros"] + row["nonfinite"]
+
+
 @pytest.mark.slow
 def test_histograms_are_of_gradients_without_any_scale_however_they_travel():
     lines = run_distributed(run_histograms, N_RANKS, timeout=200)[0]
@@ -458,6 +466,8 @@ def test_histograms_are_of_gradients_without_any_scale_however_they_travel():
     assert lines["scaled"] == lines["divisor"] == truth
     for name, line in lines.items():
         for kind, row in line["kinds"].items():
+            if name not in ("accumulated", "machines", "stage1-compressed"):
+                assert n_entries(row) == n_entries(truth["kinds"][kind]), name
             difference = mean_exponent(row) - mean_exponent(truth["kinds"][kind])
             if name not in ("accumulated", "machines", "stage1-compressed"):
                 # The biases of keys have no gradient but for rounding.
@@ -492,6 +502,11 @@ def test_histograms_are_of_gradients_without_any_scale_however_they_travel():
             "in shards of 2: matrix_rank 5",
         ),
         ({**FULL_RANK, "zero_optimization": {"stage": 1, "overlap_comm": True}}, 1, "overlap_comm copies gradients"),
+        ({**SCALED, "zero_optimization": {"stage": 2, "compute_grad_norm": False}}, 2, "compute_grad_norm False does"),
+        ({**SCALED, "zero_optimization": {"stage": 3, "reduce_scatter": False}}, 3, "reduce_scatter False does not go"),
+        ({**SCALED, "zero_optimization": {"stage": 3, "cpu_offload": True}}, 3, "cpu_offload True does not go"),
+        ({**SCALED, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, 3, "partition_size 8 does not"),
+        ({**MACHINES, **FULL_RANK, "data_types": {"grad_accum_dtype": "fp32"}}, 3, "adds gradients up in its errors"),
     ],
 )
 def test_sections_that_do_not_go_together_are_refused_with_a_remedy(sections, stage, words):

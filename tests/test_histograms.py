@@ -1,5 +1,6 @@
 """Exponent histograms of gradients: exact in every format, by kind and resblock, and summed over ranks."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -88,6 +89,10 @@ def test_every_parameter_of_the_prior_has_its_kind_and_its_resblock():
     assert {resblock_index(name) for name in names} == {None, *range(6)}
     assert resblock_index("layers.2.mlp_norm.bias") == resblock_index("module.layers.2.mlp.up.weight") == 5
     assert resblock_index("layers.2.attention_norm.bias") == 4
+    with torch.device("meta"):
+        sandwich = dict(Prior(dataclasses.replace(config, sandwich_norm=True)).named_parameters())
+    assert {parameter_kind(name) for name in sandwich.keys() - names.keys()} == {"gains", "biases"}
+    assert "other" not in map(parameter_kind, sandwich)
     with torch.device("meta"):
         dvae = DVAE(PRESETS["tiny"].dvae.model)
     assert {parameter_kind(name) for name, _ in dvae.named_parameters()} == {"biases", "other"}

@@ -58,7 +58,7 @@ STAYS, LAYER_STAYS = (10**9 + MATRIX) / COUNTS.total, 4 * MATRIX / COUNTS.total
                 ("backward", 16, GATHER, MACHINE, round((1 - LAYER_STAYS) * MIXED)),
                 ("backward", 16, SCATTER, MACHINE, MIXED),
                 ("last backward", 1, AVERAGE, REPLICAS, PLAIN.matrix_bytes),
-                ("last backward", 1, AVERAGE, REPLICAS, PLAIN.whole_bytes),
+                ("end", 1, AVERAGE, REPLICAS, PLAIN.whole_bytes),
             ],
         ),
         (
@@ -68,7 +68,7 @@ STAYS, LAYER_STAYS = (10**9 + MATRIX) / COUNTS.total, 4 * MATRIX / COUNTS.total
                 ("backward", 16, GATHER, MACHINE, round((1 - LAYER_STAYS) * MIXED)),
                 ("backward", 16, SCATTER, MACHINE, MIXED),
                 ("last backward", 1, CODED_AVERAGE, REPLICAS, FACTORS.matrix_bytes),
-                ("last backward", 1, AVERAGE, REPLICAS, FACTORS.whole_bytes),
+                ("end", 1, AVERAGE, REPLICAS, FACTORS.whole_bytes),
             ],
         ),
     ],
@@ -76,6 +76,13 @@ STAYS, LAYER_STAYS = (10**9 + MATRIX) / COUNTS.total, 4 * MATRIX / COUNTS.total
 def test_each_way_exchanges_weights_and_gradients_as_its_stage_does(name, expected):
     found = exchanges_of(TWELVE, WAYS[name], LAYOUT, 16)
     assert [(one.when, one.times, one.collective, one.scope, one.n_bytes) for one in found] == expected
+
+
+def test_a_bucket_larger_than_the_model_sends_everything_at_the_end():
+    """DeepSpeed hands gradients over a bucket at a time."""
+    large = Buckets(prefetch=10**9, reduce=13 * 10**9, live=0, reuse=0)
+    found = exchanges_of(TWELVE, replace(WAYS["hierarchical PowerSGD"], buckets=large), LAYOUT, 16)
+    assert [one.when for one in found if one.scope == REPLICAS] == ["end", "end"]
 
 
 def test_where_nothing_overlaps_zero_1_averages_at_the_end():

@@ -191,6 +191,20 @@ def degenerate(rank, n, group):
     return results
 
 
+def spikes(rank, n, group):
+    """For each start, in the formats of training: norms of updates of which the second is as large as errors may be."""
+    norms = {}
+    for start in ("fixed", "warm", "resampled"):
+        compressor = powersgd(4, start=start)
+        norms[start] = []
+        for seed in range(6):
+            gradients = draw(seed, rank, {"layers.0.a.wide": (60, 500), "layers.0.b.tall": (500, 60)})
+            if seed == 1:
+                gradients = {name: torch.full_like(gradient, 15_000.0) for name, gradient in gradients.items()}
+            norms[start].append(float(compressor.reduce_(gradients, group).squared_norm.sqrt()))
+    return norms
+
+
 BAD, GOOD, SPOILED = "layers.1.attention.query", "layers.1.attention.key", 1
 FACTORS = ("factors", "p", "q")
 FAULTS = {
@@ -356,6 +370,7 @@ SCENARIOS = {
         oracle,
         degenerate,
         faults,
+        spikes,
         resume,
         resume_on_as_many,
         counted_bytes,
@@ -476,6 +491,15 @@ def test_zeros_ones_and_ill_conditioned_gradients_stay_finite(ranks, label):
             torch.testing.assert_close(
                 gradients[f"layers.0.a.{name}"] / value, torch.ones(20, 20), rtol=0, atol=tolerance
             )
+
+
+def test_a_gradient_as_large_as_errors_may_be_spoils_no_update(ranks):
+    """An error that is finite and does not travel would stay, and every update to come would be skipped."""
+    for norms in ranks(spikes):
+        for first, spike, *later in norms.values():
+            assert first < 1e3
+            assert 1e6 < spike < float("inf")
+            assert max(later) < float("inf")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -1,6 +1,5 @@
 """When what is averaged is sent: nothing is waited for that could travel while the backward pass goes on."""
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -74,12 +73,20 @@ def test_powersgd_sends_p_while_that_of_the_resblock_before_is_answered_by_q(mon
     assert set(end) >= {"wait 6", "wait 12", "wait 13"}
 
 
-@pytest.mark.parametrize("wire", ["full", "1-6-9"])
-def test_without_compression_a_resblock_travels_while_the_next_one_comes(monkeypatch, wire):
-    collectives = Collectives(monkeypatch)
-    *blocks, end = steps(NoCompression(NoCompressionOptions(wire=wire)), collectives)
-    for came, sent in blocks:
-        assert sent[0].startswith("start"), "the resblock before is waited for afterwards"
-        assert not any(line.startswith("start all_reduce") for line in came)
-    assert len(blocks[0][1]) == 1
-    assert end[0].startswith("start") or wire == "1-6-9"
+def test_without_compression_a_resblock_travels_while_the_next_one_comes(monkeypatch):
+    *blocks, end = steps(NoCompression(), Collectives(monkeypatch))
+    reduce = "start all_reduce"
+    # The resblock before is waited for when this one is on its way.
+    assert blocks == [([], [f"{reduce} 1"]), ([], [f"{reduce} 2", "wait 1"]), ([], [f"{reduce} 3", "wait 2"])]
+    assert end == [f"{reduce} 4", "wait 3", "wait 4"]
+
+
+def test_without_compression_coded_averages_are_finished_as_the_next_gradients_come(monkeypatch):
+    *blocks, end = steps(NoCompression(NoCompressionOptions(wire="1-6-9")), Collectives(monkeypatch))
+    scatter, gather = "start all_to_all_single", "start all_gather_into_tensor"
+    assert blocks == [
+        ([], [f"{scatter} 1"]),
+        (["wait 1", f"{gather} 2"], [f"{scatter} 3", "wait 2"]),
+        (["wait 3", f"{gather} 4"], [f"{scatter} 5", "wait 4"]),
+    ]
+    assert end == ["start all_reduce 6", "wait 5", f"{gather} 7", "wait 7", "wait 6"]

@@ -2,9 +2,9 @@
 
 Products run at `efficiency` of the peak, links at `link_efficiency` of theirs. What is sent takes bytes / bandwidth +
 latency (collectives.py), inside and between machines at once. It hides behind the computation of its own pass: gathers
-of the forward pass behind that, gathers and scatters of the backward pass behind that, averages between machines behind
-the backward pass of the last micro-step (Appendix E.2); only what is longer adds to the step. Where communication does
-not overlap, all of it adds.
+of the forward pass behind that, gathers and scatters of the backward pass behind that, averages of resblocks between
+machines behind the backward pass of the last micro-step (Appendix E.2); only what is longer adds to the step. Where
+communication does not overlap, all of it adds.
 
 What does not hide either: what follows the backward pass; adding gradients up, where each entry of a shard is read,
 with its sum, and written; PowerSGD, whose products run in float32; and the optimizer, which reads and writes all state

@@ -128,7 +128,9 @@ def _of_sharded_weights(config: PriorConfig, way: Way, layout: Layout, n_micro_s
         found.append(_exchange("gather weights, backward", "backward", GATHER, scope, *part, n_micro_steps))
     found.append(_exchange("scatter gradients", "backward", SCATTER, scope, n_bytes, n_scatters, n_micro_steps))
     if way.is_hierarchical and layout.n_machines > 1:
-        found += _averages(config, way, layout, "last backward", REPLICAS)
+        # A resblock leaves when DeepSpeed has handed it over, a bucket at a time.
+        is_one_bucket = _n_buckets(n, buckets.reduce) == 1
+        found += _averages(config, way, layout, "end" if is_one_bucket else "last backward", REPLICAS)
     return found
 
 
@@ -152,7 +154,8 @@ def _averages(config: PriorConfig, way: Way, layout: Layout, when: str, scope: s
     collective = CODED_AVERAGE if way.wire == CODED_WIRE else AVERAGE
     return [
         _exchange(what, when, collective, scope, payload.matrix_bytes, payload.n_calls - 1),
-        _exchange("average the rest", when, AVERAGE, scope, payload.whole_bytes, 1),
+        # Once all gradients are there.
+        _exchange("average the rest", "end", AVERAGE, scope, payload.whole_bytes, 1),
     ]
 
 

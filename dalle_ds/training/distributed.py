@@ -51,6 +51,9 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         device = torch.device("cpu")
     else:
         accelerator.set_device(local_rank)
+        # Sums of products of 16-bit matrices are kept in float32 throughout; torch lets parts of them be in 16 bits.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         device = torch.device(accelerator.device_name(local_rank))
     timeout = datetime.timedelta(minutes=timeout_minutes + MARGIN)
     # The groups that are made later, DeepSpeed's own among them, take torch's defaults: 10 minutes for NCCL.

@@ -17,7 +17,7 @@ from torch import Tensor
 from dalle_ds.storage.pieces import Piece, PieceReader
 from dalle_ds.training.gradient_scales import GradientScales, NoScaling
 from dalle_ds.training.seam import check_received
-from dalle_kernels.compression import Compressor
+from dalle_kernels.compression import Compressor, Reduction
 
 Group = dist.ProcessGroup | None
 ERROR = "error"  # kind of piece
@@ -93,6 +93,7 @@ class GradientPath:
         # nothing.
         self._received = dict.fromkeys(self._block_of, 0)
         self._missing: dict[str, set[str]] = {}  # of the last micro-step, by resblock
+        self._reduction: Reduction | None = None
 
     @torch.no_grad()
     def receive(self, name: str, gradient: Tensor, factor: float, *, last: bool) -> None:
@@ -121,11 +122,19 @@ class GradientPath:
         """The norm of the whole averaged gradient, infinite where the update must be skipped; moves the scales."""
         check_received(self._received)
         self._received, self._missing = dict.fromkeys(self._block_of, 0), {}
-        reduction = self.compressor.finish(self.between)
-        squared_norm = reduction.squared_norm.double()
+        self._reduction = self.compressor.finish(self.between)
+        squared_norm = self._reduction.squared_norm.double()
         if self.inside is not None:
             dist.all_reduce(squared_norm, group=self.inside)
         return torch.where(self.unscaling.agree(), torch.inf, squared_norm).sqrt().float()
+
+    def spoiled(self) -> list[str]:
+        """The matrices of this rank whose part of the last average was not finite, on any machine."""
+        if self._reduction is None:
+            return []
+        return [
+            name for name, bad in zip(self._reduction.names, self._reduction.nonfinite.tolist(), strict=True) if bad
+        ]
 
     def taken_together(self) -> list[list[str]]:
         """All names, those that `take` wants in one call together: each resblock's matrices, and all else."""
@@ -145,9 +154,7 @@ class GradientPath:
 
     def pieces(self) -> list[Piece]:
         """Error buffers, as their mean over machines, on the ranks of the first machine; every rank must call."""
-        errors = self.compressor.state_dict(self.between)["errors"]
-        if dist.get_rank(self.between) > 0:
-            return []
+        errors = self.compressor.state_dict(self.between, keep=dist.get_rank(self.between) == 0)["errors"]
         return [Piece(name, ERROR, self._begin(error.numel()), error.view(-1)) for name, error in errors.items()]
 
     def load(self, state: dict[str, Any], pieces: PieceReader) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.training.engine import Engine
 from dalle_ds.training.gradient_path import Unscaling
 from dalle_ds.training.metrics import MetricsLog
 
@@ -52,9 +53,19 @@ class GradientHistograms:
     `every` is the number of steps between lines, 0 for none; `log` is that of the first rank and None elsewhere.
     """
 
-    def __init__(self, every: int, n_resblocks: int, device: torch.device | str, log: MetricsLog | None) -> None:
-        self.every, self.log = every, log
+    def __init__(
+        self, every: int, n_resblocks: int, device: torch.device | str, log: MetricsLog | None, *, counts: bool = True
+    ) -> None:
+        """`counts`: whether what this rank is shown is its own, and not what another counts too."""
+        self.every, self.log, self.is_counting = every, log, counts
         self.counts = torch.zeros(len(KINDS) + n_resblocks, N_BIN, dtype=torch.int64, device=device)
+
+    @classmethod
+    def of(cls, engine: Engine, every: int, log: MetricsLog | None) -> "GradientHistograms":
+        """For an engine's gradients: where each rank sees all of the mean over ranks, the first counts alone."""
+        is_same = engine.zero_optimization_stage() == 0 and engine.extras.path is None
+        counts = not is_same or dist.get_rank() == 0
+        return cls(every, engine.extras.n_resblocks, engine.device, log, counts=counts)
 
     def is_due(self, step: int) -> bool:
         """Whether the gradients of step `step` (from 1) are asked for."""
@@ -63,7 +74,7 @@ class GradientHistograms:
     def begin(self, step: int, unscaling: Unscaling | None) -> None:
         """Has the gradients of the step counted as they come to be unscaled, if they are asked for."""
         if unscaling is not None:
-            unscaling.watch = self.add if self.is_due(step) else None
+            unscaling.watch = self.add if self.is_due(step) and self.is_counting else None
 
     def end(self, step: int) -> None:
         if self.is_due(step):
@@ -105,7 +116,7 @@ def as_histogram(counts: list[int]) -> dict[str, Any] | None:
 KINDS = {
     "attention matrices": r"\battention\.\w+\.weight$",
     "MLP matrices": r"\bmlp\.\w+\.weight$",
-    "gains": r"norm\.weight$",
+    "gains": r"(norm|_end\.\d+)\.weight$",
     "biases": r"(\.bias|\.b)$",
     "embeddings": r"_states\.tokens$",
     "positions": r"_states\.(position|pad|row|column|start)$",

@@ -14,7 +14,7 @@ import torch
 from dalle_ds.config import InputError, require
 from dalle_ds.training.gradient_scales import ScalingOptions
 from dalle_ds.training.optimizer import CompactAdamW
-from dalle_kernels.compression import COMPRESSORS, Compressor, NoCompressionOptions, Options
+from dalle_kernels.compression import COMPRESSORS, Compressor, NoCompressionOptions, Options, PowerSGDOptions
 
 STAGES_THAT_COMPRESS = (0, 1, 3)
 # Fields of compressors' options that follow from the rest of the JSON.
@@ -160,9 +160,11 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
     for name in ("gradient_predivide_factor", "prescale_gradients"):
         is_off = config.get(name) in (None, False, 1)
         require(is_off, f"{where}: {name} does not go with our own sections: leave it out")
-    for name in ("zero_quantized_gradients", "zero_quantized_weights"):
+    for name, off in AROUND_THE_SEAM.items():
+        value = zero.get(name, off)
         require(
-            not zero.get(name), f"{where}: zero_optimization.{name} does not go with our own sections: leave it out"
+            value in (None, off),
+            f"{where}: zero_optimization.{name} {value!r} does not go with our own sections: leave it out",
         )
     accumulated = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
     require(
@@ -220,12 +222,31 @@ def _check_together(sections: Sections, config: dict[str, Any], where: str) -> N
             f"{where}: gradient_compression at stage {stage} in 16 bits needs the section mixed_precision",
         )
         require(
+            "grad_accum_dtype" not in config.get("data_types", {})
+            or not isinstance(compression.options, PowerSGDOptions),
+            f"{where}: data_types.grad_accum_dtype: {compression.type} adds gradients up in its errors: leave it out, "
+            "and choose gradient_compression.errors, 1-6-9 or full",
+        )
+        require(
             stage == SHARDED_WEIGHTS or not zero.get("overlap_comm"),
             f"{where}: zero_optimization.overlap_comm copies gradients before they are compressed: set it to false",
         )
 
 
 SHARDED_WEIGHTS = 3  # ZeRO stage
+# Keys of zero_optimization with which DeepSpeed keeps or averages gradients and weights in ways of its own, past what
+# our sections do, and the values that leave them off.
+AROUND_THE_SEAM: dict[str, Any] = {
+    "reduce_scatter": True,
+    "compute_grad_norm": True,
+    "zero_quantized_gradients": False,
+    "zero_quantized_weights": False,
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zenflow": None,
+    "cpu_offload": False,
+    "cpu_offload_param": False,
+}
 KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _SECTIONS = {
     "mixed_precision": MixedPrecision,

@@ -191,7 +191,7 @@ def _open_histograms(engine: Engine, every: int, out: Path, start: int) -> Gradi
         'histogram_every looks at gradients on their way: add the section "mixed_precision": {} to the DeepSpeed JSON',
     )
     log = MetricsLog(out / "histograms.jsonl", start) if every and dist.get_rank() == 0 else None
-    return GradientHistograms(every, engine.extras.n_resblocks, engine.device, log)
+    return GradientHistograms.of(engine, every, log)
 
 
 def warn_of_skipped(out: Path) -> None:

@@ -1,12 +1,14 @@
 """A watch over skipped updates: one now and then is how scales find their place, many in a row lead nowhere."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dalle_ds.training.agreement import is_first
 from dalle_ds.training.engine import Engine
 
 MANY = 100  # skipped updates in a row, after each of which a line says so
-MOST_NAMED = 8  # resblocks in a line
+MOST_NAMED = 8  # resblocks or matrices in a line
 
 
 class SkippedUpdates:
@@ -27,14 +29,25 @@ class SkippedUpdates:
         if self.n_in_a_row == 1 and events is not None:
             self._events_before = events.clone()
         if self.n_in_a_row % MANY == 0 and is_first():
-            print(f"warning: {_tell(step, self.n_in_a_row, events, self._events_before)}", flush=True)
+            path = self.engine.extras.path
+            matrices = [] if path is None else path.spoiled()
+            print(f"warning: {_tell(step, self.n_in_a_row, events, self._events_before, matrices)}", flush=True)
 
 
-def _tell(step: int, n: int, events: Tensor | None, before: Tensor | None) -> str:
+def _tell(step: int, n: int, events: Tensor | None, before: Tensor | None, matrices: list[str]) -> str:
     said = f"the last {n} updates were skipped, up to step {step}: their gradients were not finite"
+    blocks = [] if events is None or before is None else (events > before).nonzero().flatten().tolist()
+    if matrices and not blocks:
+        return (
+            f"{said} in the sums and averages of {_name(matrices)}; lower the learning rate, look at the data, or keep "
+            "them in full (gradient_compression.errors and wire, data_types.grad_accum_dtype)"
+        )
     if events is None or before is None:
         return f"{said}; lower the learning rate, and look at the data"
-    named = [str(i) for i in (events > before).nonzero().flatten().tolist()]
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    where = f"in resblocks {', '.join(named[:MOST_NAMED])}{more}" if named else "outside all resblocks"
+    where = f"in resblocks {_name(blocks)}" if blocks else "outside all resblocks"
     return f"{said}, {where}; lower the learning rate or resblock_gradient_scaling.lowest_scale, or look at the data"
+
+
+def _name(things: Sequence[object]) -> str:
+    more = f" and {len(things) - MOST_NAMED} more" if len(things) > MOST_NAMED else ""
+    return f"{', '.join(map(str, things[:MOST_NAMED]))}{more}"

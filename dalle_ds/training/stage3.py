@@ -117,7 +117,7 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
         return False
 
     def _get_norm_groups(self) -> list[Tensor]:
-        return [self.plan.path.finish() * self.loss_scale]  # DeepSpeed divides by its loss scale
+        return [self.plan.path.finish()]
 
     def _overflow_clean_up(self, prev_scale: float) -> None:
         self.plan.path.discard()
@@ -134,8 +134,21 @@ class MixedStage3(zero3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        """Clips alone: gradients are unscaled."""
-        clip_(self.fp32_partitioned_groups_flat[sub_group_id].grad, total_norm / self.loss_scale, self.clip_grad)
+        """Clips alone: gradients and their norm are unscaled, whatever a loss scale has become since."""
+        self._global_grad_norm = total_norm  # DeepSpeed has divided it
+        clip_(self.fp32_partitioned_groups_flat[sub_group_id].grad, total_norm, self.clip_grad)
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        """Shows the optimizer the one group to update: torch's walk through all their groups at each call."""
+        groups = self.optimizer.param_groups
+        group = groups[self.sub_group_to_group_id[sub_group_id]]
+        group["params"] = [self.fp32_partitioned_groups_flat[sub_group_id]]
+        self.optimizer.param_groups = [group]
+        try:
+            self.optimizer.step()
+        finally:
+            group["params"] = []
+            self.optimizer.param_groups = groups
 
 
 @contextlib.contextmanager

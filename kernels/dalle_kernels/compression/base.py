@@ -83,10 +83,11 @@ class Compressor(Protocol):
     def reduce_(self, gradients: Gradients, group: Group) -> Reduction:
         """All of it in one call: replaces gradients by their average over the group."""
 
-    def state_dict(self, group: Group) -> dict[str, Any]:
+    def state_dict(self, group: Group, *, keep: bool = True) -> dict[str, Any]:
         """What a run needs to go on, on the CPU: the same on every machine. All ranks of the group call it.
 
-        {"n_updates": ..., "errors": {name: Tensor}}, the latter empty where nothing is left to later updates.
+        {"n_updates": ..., "errors": {name: Tensor}}, the latter empty where nothing is left to later updates, and on
+        ranks that do not `keep` what others do.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -18,9 +18,10 @@ from dalle_kernels.compression.orthogonalize import EPSILON, orthogonalize
 from dalle_kernels.compression.wire import WIRES, largest
 
 STARTS = ("fixed", "warm", "resampled")
-# Takes P and Q, whose entries are about as large as norms of rows, to the middle of 1-6-9's range: up to 1,000, normal
-# down to 2**-52. The paper chooses such constants by hand (Appendix D).
-FACTOR_SCALE = 2.0**-6
+# Takes P and Q, whose entries are about as large as norms of rows, into 1-6-9's range: up to 2**24, normal down to
+# 2**-38. So an error that its buffer holds (errors.py) always travels; one that did not would stay, and spoil every
+# update to come. The paper chooses such constants by hand (Appendix D).
+FACTOR_SCALE = 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,9 @@ class Batch:
         if not self.options.error_feedback:
             self.errors.zero_()
         if self.options.start == "warm":
-            self.start.store(torch.where(self.factors_finite[:, None, None], self.q.load(), self.start.load()))
+            # Orthonormal, as torch's hook has it: as large as the start of a run, whatever the gradients.
+            q = orthogonalize(self.q.load(), self.options.epsilon)
+            self.start.store(torch.where(self.factors_finite[:, None, None], q, self.start.load()))
         self.gradients_finite.fill_(True)
         del self.p, self.q
         return averages

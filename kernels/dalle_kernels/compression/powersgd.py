@@ -139,7 +139,7 @@ class PowerSGD:
         return averages
 
     @torch.no_grad()
-    def state_dict(self, group: Group) -> dict[str, Any]:
+    def state_dict(self, group: Group, *, keep: bool = True) -> dict[str, Any]:
         """The mean of the errors over machines, by name: all that matters of them, whatever the number of machines.
 
         It is what the paper calls their sum, whose gradients are divided by the number of machines beforehand. Each
@@ -154,10 +154,12 @@ class PowerSGD:
             mean = batch.errors.load().clone()
             dist.all_reduce(mean, group=group)
             batch.errors.store(mean.div_(n))
+            if not keep:
+                continue
             # As it is kept, so that a second state is the first.
-            errors |= dict(zip(batch.names, batch.errors.load().cpu().clone(), strict=True))
+            errors |= dict(zip(batch.names, batch.errors.load().to("cpu", copy=True), strict=True))
             if self.options.start == "warm":
-                starts |= dict(zip(batch.names, batch.start.load().cpu().clone(), strict=True))
+                starts |= dict(zip(batch.names, batch.start.load().to("cpu", copy=True), strict=True))
         return {"n_updates": self.n_updates, "errors": errors, "starts": starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -143,7 +143,7 @@ class NoCompression:
             self._buffers[name].store(mean, 0)
         self._under_way = None
 
-    def state_dict(self, group: Group) -> dict[str, Any]:
+    def state_dict(self, group: Group, *, keep: bool = True) -> dict[str, Any]:
         return {"n_updates": self.n_updates, "errors": {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -81,7 +81,9 @@ def scatter_sums(gradients: Sequence[Tensor], group: Group, divisor: float) -> l
     sent = gradients[0].new_zeros(n, sum(lengths))
     begin = 0
     for gradient, length in zip(gradients, lengths, strict=True):
-        flat = torch.nn.functional.pad(gradient.reshape(-1), (0, n * length - gradient.numel()))
+        flat, missing = gradient.reshape(-1), n * length - gradient.numel()
+        if missing:  # padding copies, even by nothing
+            flat = torch.nn.functional.pad(flat, (0, missing))
         torch.div(flat.view(n, length), divisor, out=sent[:, begin : begin + length])
         begin += length
     received = sent.new_empty(sum(lengths))
