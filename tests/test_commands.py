@@ -152,14 +152,23 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_a_run_that_fails_when_it_shows_its_last_pictures_has_saved_before(chain, tmp_path):
     """Bug: the last checkpoint came last, and all since the one before was lost."""
-    command = [sys.executable, "-c", FAILING, *chain.train_prior(tmp_path / "run")]
+    arguments = chain.train_prior(tmp_path / "run", "--data.validation", chain / "tokens/validation")
+    command = [sys.executable, "-c", FAILING, *arguments]
     done = subprocess.run(
         [str(word) for word in command], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "no picture" in done.stderr
-    [(said, _)] = run_in_ranks(1, chain.train_prior(tmp_path / "run", "--resume", "auto"))
+    with (tmp_path / "run/metrics.jsonl").open("r+") as metrics:  # as if it had died before that too
+        lines = [line for line in metrics if '"validation"' not in line]
+        metrics.seek(0)
+        metrics.writelines(lines)
+        metrics.truncate()
+    (said, _), _ = run_in_ranks(1, *[[*arguments, "--resume", "auto"]] * 2)
     assert "nothing to do, 3 steps are done" in said
+    # What the end of a run shows comes when it goes on; and not twice.
+    assert (tmp_path / "run/samples/step-00000003.png").exists()
+    assert [line["step"] for line in read_lines(tmp_path / "run", "validation")] == [3]
 
 
 @pytest.mark.slow

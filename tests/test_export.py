@@ -9,6 +9,7 @@ from helpers import read_weights
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.cli import main
+from dalle_ds.commands.export import validation_of
 from dalle_ds.models.weights import find_weights, fingerprint
 from dalle_ds.storage.files import measure
 
@@ -81,8 +82,8 @@ def test_the_card_says_what_the_model_is_and_leaves_the_licence_to_its_owner(cha
 
 @pytest.mark.slow
 def test_the_average_goes_out_and_the_last_weights_on_request(chain, tmp_path):
-    run = tmp_path / "run"
-    run_in_ranks(1, chain.train_prior(run, "--averaging", 0.9, "--averaging_every", 1))
+    run, validation = tmp_path / "run", ["--data.validation", chain / "tokens/validation"]
+    run_in_ranks(1, chain.train_prior(run, "--averaging", 0.9, "--averaging_every", 1, *validation))
     averaged, last = (read_weights(run, averaged=averaged) for averaged in (True, False))
     assert not all(tensor.equal(last[name]) for name, tensor in averaged.items())
     for flags, expected in (([], averaged), (["--last_weights"], last)):
@@ -90,6 +91,23 @@ def test_the_average_goes_out_and_the_last_weights_on_request(chain, tmp_path):
         run_here("export", run, "--out", out, *flags)
         assert all(tensor.equal(expected[name]) for name, tensor in load_file(out / "model.safetensors").items())
         assert json.loads((out / "config.json").read_text())["averaged"] == (not flags)
+        card = (out / "README.md").read_text()
+        assert ("None were recorded." in card) == bool(flags), "figures are the average's"
+        assert ("| image_loss |" in card) == (not flags)
+        assert "| time |" not in card
+
+
+def test_the_figures_of_the_card_are_those_of_the_step_that_is_exported(tmp_path):
+    lines = [
+        {"step": step, "kind": kind, "time": 1.0, "loss": step / 10}
+        for step in (3, 6)
+        for kind in ("train", "validation")
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 9, "kind": "validation", "lo')
+    assert validation_of(tmp_path, 3) == {"loss": 0.3}
+    assert validation_of(tmp_path, 6) == {"loss": 0.6}
+    assert validation_of(tmp_path, 9) == validation_of(tmp_path / "nowhere", 3) == {}
 
 
 def refused(capsys, *command):

@@ -202,7 +202,11 @@ def test_a_checkpoint_reads_back(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path):
     checkpoint = write(tmp_path, 10)
     check_format(checkpoint)
-    for content in ("{}", '{"format": 2, "step": 10, "files": {}}'):
+    for content in ("", "{", "{}"):
+        (checkpoint / folders.MARKER).write_text(content)
+        with pytest.raises(InputError, match=r"complete.json cannot be read: bring back a copy, or give an older"):
+            check_format(checkpoint)
+    for content in ('{"step": 10, "files": {}}', '{"format": 2, "step": 10, "files": {}}'):
         (checkpoint / folders.MARKER).write_text(content)
         with pytest.raises(InputError, match="step-00000010 was written by another version") as error:
             check_format(checkpoint)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import run_distributed
 from dalle_ds.config import InputError
 from dalle_ds.storage import files
 from dalle_ds.storage.files import write_json
-from dalle_ds.storage.folders import begin, publish
+from dalle_ds.storage.folders import begin, complete_checkpoints, publish, retain
 from dalle_ds.training.run import fetched, open_run, write_run
 
 DOCUMENTS = {"ds_config.json": {"bf16": {"enabled": True}}, "config.json": {"kind": "prior", "config": {}}}
@@ -63,8 +64,18 @@ def test_a_damaged_checkpoint_is_named_and_left_alone_in_favour_of_the_one_befor
         assert str(folder) in line
         assert fault in line
     assert all(folder.exists() for folder in (cut, changed, lost))
+    write_run(run, DOCUMENTS, 5)
+    assert [checkpoint.name for checkpoint in complete_checkpoints(run)] == [good.name]
+    aside = sorted(path.name for path in (run / "checkpoints").glob("corrupt-*"))
+    assert aside == [f"corrupt-step-000000{step}" for step in (10, 15, 20)]
+    # They are not among those to keep, nor taken away.
+    add_checkpoint(run, 30)
+    retain(run, 30, keep=2)
+    assert [checkpoint.name for checkpoint in complete_checkpoints(run)] == [good.name, "step-00000030"]
+    assert all((run / "checkpoints" / name).exists() for name in aside)
+    shutil.rmtree(run / "checkpoints/step-00000030")
     (good / "complete.json").write_text("{")
-    with pytest.raises(InputError, match="all 4 checkpoints are damaged: bring back a copy of one, or choose another"):
+    with pytest.raises(InputError, match="all 1 checkpoints are damaged: bring back a copy of one, or choose another"):
         open_run(run, "auto")
 
 

@@ -220,3 +220,13 @@ def test_the_rules_are_those_that_the_configuration_names_and_the_papers_presets
     assert paper.halvings == 5
     with_cosine = prior_learning_rate(PriorScheduleConfig(lr_rule="cosine"))
     assert with_cosine.multiplier(217_500) == pytest.approx((1 + 1 / 32) / 2)
+
+
+@pytest.mark.parametrize("rule", LR_RULES)
+def test_a_run_may_go_on_by_another_rule_with_the_halvings_it_had(rule):
+    """Bug: from cosine to plateau was a KeyError."""
+    rate = prior_learning_rate(PriorScheduleConfig(lr_rule=rule, lr_warmup_steps=0))
+    of_cosine, of_plateau = {"n_halved": 1}, {"n_halved": 1, "n_bad": 2, "best": 0.5, "seen": [3.0, 2.0]}
+    rate.load_state_dict(of_cosine if rule == "plateau" else of_plateau)
+    assert rate.multiplier(0) == pytest.approx(0.5)
+    assert not rate.observe(0, torch.tensor(1.0))

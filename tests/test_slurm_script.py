@@ -17,7 +17,7 @@ PROGRAMS = {
         exit "$CODE"
     """,
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo first; echo second; fi',
-    "squeue": 'echo "$STATE"',
+    "squeue": 'if [ "$BUSY" ] && [ ! -e "$CALLS.busy" ]; then touch "$CALLS.busy"; exit 1; fi; echo "$STATE"',
 }
 JOB = {
     "SLURM_JOB_ID": "12345",
@@ -31,13 +31,13 @@ JOB = {
 class Script:
     """run.bash with `code` as what srun ends with, after some tenths of a second, and `state` as that of the job."""
 
-    def __init__(self, folder, code=0, state="RUNNING", tenths=0, flags=(), **job):
+    def __init__(self, folder, code=0, state="RUNNING", tenths=0, flags=(), busy="", **job):
         self.calls = folder / "calls"
         self.calls.touch()
         for name, text in PROGRAMS.items():
             (folder / name).write_text(f"#!/bin/bash\n{text}\n")
             (folder / name).chmod(0o755)
-        names = {"CALLS": self.calls, "CODE": code, "STATE": state, "TENTHS": tenths}
+        names = {"CALLS": self.calls, "CODE": code, "STATE": state, "TENTHS": tenths, "BUSY": busy}
         env = {**os.environ, **JOB, **job, **{name: str(value) for name, value in names.items()}}
         env["PATH"] = f"{folder}:{env['PATH']}"
         command = ["bash", ROOT / "launch/slurm/run.bash", "launch/train_prior.py", *flags, "--out", "a run"]
@@ -63,6 +63,11 @@ class Script:
 def test_a_job_is_requeued_when_it_saved_because_somebody_asked_and_slurm_lets_it_run(tmp_path, code, state, requeued):
     expected = ["scontrol requeue 12345"] if requeued else []
     assert Script(tmp_path, code, state).ended() == (code, expected)
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_busy_is_asked_again(tmp_path):
+    assert Script(tmp_path, 85, busy="yes").ended() == (85, ["scontrol requeue 12345"])
 
 
 @pytest.mark.parametrize(

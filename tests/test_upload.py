@@ -1,5 +1,6 @@
 """Copies of checkpoints in S3, on a real server: whole and complete, or a warning; and back onto another disk."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -169,7 +170,7 @@ def test_a_bucket_that_is_not_there_does_not_end_a_run(bucket, run, capsys):
 
 def test_a_run_that_is_done_waits_for_its_last_copy(bucket, run, monkeypatch):
     monkeypatch.setattr(upload, "LAST_SECONDS", 0.1)
-    with open_upload(URL, HASTY, run) as uploader:
+    with open_upload(URL, HASTY) as uploader:
         real = uploader.store.write_file
 
         def write_slowly(*arguments):
@@ -205,7 +206,7 @@ def test_a_run_that_was_asked_to_stop_waits_a_while_and_says_what_was_not_copied
     started = time.monotonic()
 
     def run_until_asked():
-        with open_upload(URL, HASTY, run) as uploader:
+        with open_upload(URL, HASTY) as uploader:
             uploader(save(run, 5, n=40 * PART // 4))
             assert began.wait(LIMIT)
             uploader(save(run, 10))
@@ -227,11 +228,13 @@ def test_a_run_that_was_asked_to_stop_waits_a_while_and_says_what_was_not_copied
 
 def test_what_a_killed_run_was_copying_is_swept_away(bucket, run):
     """Bug: it stayed for ever, and kept the space of checkpoints that were long removed."""
+    (run / "uploading/step-00000005").mkdir(parents=True)
     for url in ("", URL):
-        (run / "uploading/step-00000005").mkdir(parents=True)
-        with open_upload(url, HASTY, run) as uploader:
+        with open_upload(url, HASTY) as uploader:
             assert (uploader is None) == (not url)
-            assert not (run / "uploading").exists()
+            assert (run / "uploading").exists(), "a command that is refused leaves a living run its copy"
+    write_run(run, {})
+    assert not (run / "uploading").exists()
 
 
 def test_what_arrives_otherwise_than_it_was_sent_is_noticed(bucket, tmp_path):
@@ -280,6 +283,14 @@ def test_what_is_damaged_or_missing_there_is_left_out_in_favour_of_the_one_befor
     assert steps_of(other) == [5]
     assert [path.name for path in (other / "checkpoints").iterdir()] == ["step-00000005"]
     damage(bucket, 5)
+    fetch_newest(URL, shutil.copytree(run, tmp_path / "own"), HASTY)  # what is here is newer
+    for step in (10, 15):
+        shutil.rmtree(tmp_path / f"own/checkpoints/step-{step:08d}")
+    (tmp_path / "own/checkpoints/step-00000005").rename(tmp_path / "own/checkpoints/step-00000004")
+    capsys.readouterr()
+    fetch_newest(URL, tmp_path / "own", HASTY)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"warning: {URL}: all 3 checkpoints there are damaged: going on with what {tmp_path / 'own'} holds"
     with pytest.raises(InputError, match="all 3 checkpoints there are damaged"):
         fetch_newest(URL, tmp_path / "third", HASTY)
     assert list((tmp_path / "third/checkpoints").iterdir()) == []
@@ -299,6 +310,50 @@ def test_what_is_damaged_here_does_not_count(bucket, run, tmp_path, capsys):
     (save(other, 20) / "state.json").write_text("spoilt")
     fetch_newest(URL, other, HASTY)
     assert open_run(other, "auto").name == "step-00000010"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"step": 10}'])
+def test_a_marker_that_cannot_be_read_there_is_left_out(bucket, run, tmp_path, capsys, text):
+    copy_to_s3(run, 5, 10)
+    bucket.put_object(Bucket="weights", Key="runs/a/checkpoints/step-00000010/complete.json", Body=text)
+    fetch_newest(URL, tmp_path / "other", HASTY)
+    assert steps_of(tmp_path / "other") == [5]
+    assert "step-00000010 is left out, for its complete.json cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["boto3.exceptions.RetriesExceededError", "s3transfer.exceptions.S3DownloadFailedError"]
+)
+def test_a_download_that_breaks_off_is_tried_again(bucket, run, tmp_path, monkeypatch, name):
+    copy_to_s3(run, 5)
+    store, failed, client = s3.S3Store(HASTY), [], s3._client
+    module, _, kind = name.rpartition(".")
+    error = getattr(importlib.import_module(module), kind)
+
+    class Flaky:
+        def __init__(self, client):
+            self.client = client
+
+        def __getattr__(self, operation):
+            return getattr(self.client, operation)
+
+        def download_file(self, **arguments):
+            if not failed:
+                failed.append(arguments["Key"])
+                raise error(OSError("cut"))
+            self.client.download_file(**arguments)
+
+    def flaky(*given):
+        return Flaky(client(*given))
+
+    flaky.cache_clear = client.cache_clear
+    monkeypatch.setattr(s3, "_client", flaky)
+    with pytest.raises(s3.Transient):
+        store.read_file(f"{URL}/config.json", tmp_path / "config.json")
+    failed.clear()
+    fetch_newest(URL, tmp_path / "other", HASTY)
+    assert failed
+    assert steps_of(tmp_path / "other") == [5]
 
 
 def test_a_server_that_does_not_answer_is_one_line(monkeypatch, bucket, run):
@@ -393,7 +448,7 @@ def ended(ranks):
 def test_a_copy_that_takes_longer_than_ranks_wait_for_each_other_is_no_failure(bucket, chain, tmp_path):
     """Bug: the others waited for it in a collective, which ended them, and the watch named a healthy rank."""
     command = chain.train_prior(tmp_path / "run", "--loop.upload", URL, "--loop.timeout_minutes", "0.1")
-    codes, said = ended(start_ranks(2, 2.0, command))  # nine files, a limit of six seconds
+    codes, said = ended(start_slow_ranks(2, 2.0, command))  # nine files, a limit of six seconds
     assert codes == [0, 0], said
     assert "error" not in "".join(said)
     assert "runs/a/checkpoints/step-00000003/complete.json" in keys(bucket)
@@ -407,7 +462,7 @@ def test_a_run_that_is_asked_to_stop_copies_its_last_checkpoint_or_says_that_it_
     """Bug: it did not, and said nothing."""
     out = tmp_path / "run"
     flags = ["--deepspeed_config", small_batches(chain.root), "--loop.steps", "100000", "--loop.upload", URL]
-    ranks = start_ranks(1, seconds, chain.train_prior(out, *flags))
+    ranks = start_slow_ranks(1, seconds, chain.train_prior(out, *flags))
     deadline = time.monotonic() + LIMIT
     while last_step(out) < 3:
         assert time.monotonic() < deadline

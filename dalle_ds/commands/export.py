@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from dalle_ds.models.weights import open_weights
     from dalle_ds.storage.files import new_folder, read_json
     from dalle_ds.storage.folders import read_marker, run_of
-    from dalle_ds.storage.pieces import write_tensors
+    from dalle_ds.storage.pieces import AVERAGE, write_tensors
 
     kind = read_json(Path(args.run) / CONFIG).get("kind")
     kind = kind if kind in NAMES else "prior"  # opening it says what is wrong
@@ -55,18 +55,25 @@ def run(args: argparse.Namespace) -> None:
         folder = run_of(found.checkpoint)
         ds_config = read_json(found.checkpoint / "ds_config.json")
         (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        (out / CARD).write_text(make_card(found.description, settings, ds_config, last_validation(folder)))
+        has_other = found.pieces.has(AVERAGE) and not found.is_average
+        figures = {} if has_other else validation_of(folder, facts["step"])
+        (out / CARD).write_text(make_card(found.description, settings, ds_config, figures))
         if (folder / TOKENIZER).exists():
             shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
     print(f"{args.out}: {NAMES[kind].partition(':')[0]} of step {facts['step']}, with its card", flush=True)
 
 
-def last_validation(run: Path) -> dict[str, float]:
-    """The last figures on validation data in metrics.jsonl, if there are any."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines if '"validation"' in line]
-    return {name: value for name, value in found[-1].items() if isinstance(value, float)} if found else {}
+def validation_of(run: Path, step: int) -> dict[str, float]:
+    """The figures on validation data that training measured after that step, of the averaged weights where it has some.
+
+    Empty where it measured none.
+    """
+    from dalle_ds.training.metrics import read_metrics
+
+    for line in reversed(read_metrics(run / "metrics.jsonl")):
+        if (line.get("kind"), line.get("step")) == ("validation", step):
+            return {name: value for name, value in line.items() if name not in ("kind", "step", "time")}
+    return {}
 
 
 def make_card(

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
+    from functools import partial
     from pathlib import Path
 
     from dalle_ds.config import require, stretched
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     require(bool(config.data.train), "--data.train is missing: name a folder of pictures or shards")
     init_from = None
     if config.init_from:
-        init_from = check_settings(config.init_from, "dvae", config.model)
+        init_from = partial(check_settings, config.init_from, "dvae", config.model)
         config = replace(config, schedule=replace(config.schedule, warm_start_steps=0))
     whole = zero_stage(load_deepspeed_config(args.deepspeed_config)) < SHARDED_WEIGHTS
     require(
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     )
     out, read = Path(args.out), config.data.read
     # What is copied when all is done, is waited for when no other process waits.
-    with open_upload(config.loop.upload, read, out) as upload, process_group(config.loop.timeout_minutes) as ranks:
+    with open_upload(config.loop.upload, read) as upload, process_group(config.loop.timeout_minutes) as ranks:
         resume = fetched(args.resume, out, lambda url, run: fetch_newest(url, run, read))
         go_on: dict[str, Any] = {"resume": resume, "allowed": args.allow_change}
         go_on["deepspeed_config"] = args.deepspeed_config

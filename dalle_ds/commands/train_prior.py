@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import dataclasses
+    from functools import partial
     from pathlib import Path
 
     from dalle_ds.data.upload import fetch_newest, open_upload
@@ -71,10 +72,10 @@ def run(args: argparse.Namespace) -> None:
         image_vocab_size=manifest.vocab_size,
         grid_size=manifest.grid_size,
     )
-    init_from = start_from(args.init_from, model, tokenizer, manifest) if args.init_from else None
+    init_from = partial(start_from, args.init_from, model, tokenizer, manifest) if args.init_from else None
     out, read = Path(args.out), config.data.read
     # What is copied when all is done, is waited for when no other process waits.
-    with open_upload(config.loop.upload, read, out) as upload, process_group(config.loop.timeout_minutes) as ranks:
+    with open_upload(config.loop.upload, read) as upload, process_group(config.loop.timeout_minutes) as ranks:
         stage = make_stage(dataclasses.replace(config, model=model), tokenizer, ranks, out, args.dvae or manifest.dvae)
         train_stage(
             dataclasses.replace(stage, upload=upload, init_from=init_from),

@@ -144,9 +144,10 @@ class S3Store:
 
     def _call(self, operation: str, url: str, **arguments: Any) -> Any:
         """One request, with its failure told as Transient, Unreadable or InputError."""
-        from boto3.exceptions import S3UploadFailedError
+        from boto3.exceptions import RetriesExceededError, S3UploadFailedError
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
+        from s3transfer.exceptions import S3DownloadFailedError
 
         bucket, key = split(url)
         if key:
@@ -161,7 +162,7 @@ class S3Store:
             if isinstance(error.__context__, exceptions.ClientError):
                 raise _explained(url, error.__context__.response) from error
             raise Transient(f"{url}: {error}") from error
-        except (exceptions.HTTPClientError, ResponseParserError) as error:
+        except (RetriesExceededError, S3DownloadFailedError, exceptions.HTTPClientError, ResponseParserError) as error:
             raise Transient(f"{type(error).__name__}: {error}") from error
         except (exceptions.BotoCoreError, ValueError) as error:
             raise InputError(

@@ -22,10 +22,9 @@ from dalle_ds.data.s3 import S3Store
 from dalle_ds.data.store import Transient, Unreadable
 from dalle_ds.storage import folders
 from dalle_ds.storage.files import measure, replace_file
-from dalle_ds.storage.folders import CHECKPOINTS, MARKER, complete_checkpoints, find_faults, find_step, step_of
+from dalle_ds.storage.folders import CHECKPOINTS, LINKS, MARKER, complete_checkpoints, find_faults, find_step, step_of
 
 RUN_FILES = ("config.json", "ds_config.json", "tokenizer.model")
-LINKS = "uploading"  # folder of the run that holds links to what is under way, so that it may be removed meanwhile
 # Seconds that a run which was asked to stop, or failed, waits for a copy: launchers that end a run give it 30 in all.
 LAST_SECONDS = 20.0
 
@@ -111,12 +110,8 @@ class NoUpload:
         pass
 
 
-def open_upload(url: str, config: ReadConfig, run: Path) -> Uploader | NoUpload:
-    """What copies checkpoints of the run folder to `url`, to be entered; where that is empty, it gives None.
-
-    Sweeps away what a killed run was copying.
-    """
-    shutil.rmtree(run / LINKS, ignore_errors=True)
+def open_upload(url: str, config: ReadConfig) -> Uploader | NoUpload:
+    """What copies finished checkpoints to `url`, to be entered; where that is empty, it gives None."""
     return Uploader(url, config) if url else NoUpload()
 
 
@@ -126,8 +121,8 @@ def open_upload(url: str, config: ReadConfig, run: Path) -> Uploader | NoUpload:
 def fetch_newest(url: str, out: Path, config: ReadConfig) -> None:
     """Fetches the newest whole checkpoint below `url` into the run folder `out`, unless it has that one or a newer.
 
-    One that is damaged there is left out, with a warning. Raises InputError when there is none, and when it cannot be
-    read; no half of one is left.
+    One that is damaged there is left out, with a warning. Raises InputError when there is none, in S3 or here, and when
+    it cannot be read; no half of one is left.
     """
     url, store = url.rstrip("/"), S3Store(config)
     here = [step_of(path) for path in complete_checkpoints(out) if not find_faults(path)]
@@ -147,15 +142,22 @@ def fetch_newest(url: str, out: Path, config: ReadConfig) -> None:
     except (Transient, Unreadable) as error:
         raise InputError(f"--resume {url}: {error}") from None
     what = f"all {len(there)} checkpoints there are damaged" if there else "no complete checkpoint there"
+    if here:
+        print(f"warning: {url}: {what}: going on with what {out} holds", flush=True)
+        return
     raise InputError(f"{url}: {what}: give the --loop.upload of the run")
 
 
 def _fetch(source: str, step: int, url: str, out: Path, store: S3Store, again: Any) -> str:
     """Fetches one checkpoint; what is wrong with it there, if anything is."""
-    marker = json.loads(again(store.read_small, f"{source}/{MARKER}") or b"{}")
+    try:
+        marker = json.loads(again(store.read_small, f"{source}/{MARKER}") or b"{}")
+        files = dict(marker["files"])
+    except (ValueError, KeyError, TypeError):
+        return f"its {MARKER} cannot be read"
     partial = folders.begin(out, step)
     try:
-        for name, record in marker["files"].items():
+        for name, record in files.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             again(store.read_file, f"{source}/{name}", path)

@@ -2,8 +2,9 @@
 
 checkpoints/step-00000500.partial/   being written, or being removed: swept away by the next save
 checkpoints/step-00000500/           complete: its marker, complete.json, lists every file with size and SHA-256
-checkpoints/corrupt-step-00000500/   did not agree with its marker when its step was saved again; left to the user
+checkpoints/corrupt-step-00000500/   did not agree with its marker when it was to be used or replaced; left to the user
 checkpoints/replaced-step-00000500/  good, and in the way of a rename; the next save removes it or puts it back
+uploading/step-00000500/             links to what is being copied elsewhere: the checkpoint may be removed meanwhile
 
 A process may be killed between any two operations: what was complete stays complete, under one of these names.
 """
@@ -20,6 +21,7 @@ from dalle_ds.storage.files import PARTIAL, Record, measure, read_json, sync_fol
 from dalle_ds.storage.pieces import PieceReader
 
 CHECKPOINTS, MARKER, SHARDS = "checkpoints", "complete.json", "shards"
+LINKS = "uploading"
 REPLACED, CORRUPT = "replaced-", "corrupt-"
 FORMAT = 3  # 1 was DeepSpeed's own shards; 2 held weights and their average whole, beside the pieces
 _COMPLETE = re.compile(rf"(?:{REPLACED})?step-(\d{{8,}})")
@@ -65,7 +67,10 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 def check_format(checkpoint: Path) -> None:
     """Raises InputError for a checkpoint of another version of the format."""
-    if read_marker(checkpoint).get("format") != FORMAT:
+    marker = read_marker(checkpoint)
+    if not marker:
+        raise InputError(f"{checkpoint / MARKER} cannot be read: bring back a copy, or give an older checkpoint")
+    if marker.get("format") != FORMAT:
         raise InputError(
             f"{checkpoint} was written by another version, in another format: use that version, or choose a new --out"
         )
@@ -119,6 +124,13 @@ def _set_aside(checkpoint: Path) -> None:
     if aside.exists() or not is_checkpoint(checkpoint) or find_faults(checkpoint):
         aside = _free_name(checkpoint.parent, f"{CORRUPT}{checkpoint.name}")
     checkpoint.rename(aside)
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Moves complete checkpoints of later steps, all of which are damaged: a run goes on from `step` without them."""
+    for checkpoint in complete_checkpoints(run):
+        if step_of(checkpoint) > step:
+            checkpoint.rename(_free_name(checkpoint.parent, f"{CORRUPT}{checkpoint.name}"))
 
 
 def _free_name(folder: Path, name: str, suffix: str = "") -> Path:

@@ -46,8 +46,8 @@ FREE = (
     # what counts at the beginning alone
     "init_from",
 )
-# Which sample and which noise belong to a step follows from it.
-NOT_FREE = ("loop.seed",)
+# The order of the data follows from these, and the place in it means nothing under another one: never allowed.
+FIXED = ("loop.seed", "data.n_lanes", "data.block_len", "data.shuffle_buffer")
 
 _MISSING = object()
 
@@ -58,7 +58,7 @@ def check_changes(
     """Raises InputError, listing every key with both values, when the run would go on with other settings.
 
     `description` is the content of config.json, as far as it is known. Keys in `allowed` may differ, and all below
-    them; they are printed. A run of another kind never goes on.
+    them, but for those that are fixed; they are printed. A run of another kind never goes on.
     """
     out = checkpoint.parent.parent
     before, now = read_json(checkpoint / CONFIG), json.loads(json.dumps(description))
@@ -69,14 +69,14 @@ def check_changes(
     for name in allowed:
         known = any(_is_under(key, name) for key in old | new)
         require(known, f"{ALLOW_FLAG} {name}: there is no such setting; it takes keys such as optimizer.params.lr")
-    bound = [key for key in sorted(old | new) if _is_any(key, NOT_FREE) or not _is_any(key, FREE)]
+    bound = [key for key in sorted(old | new) if _is_any(key, FIXED) or not _is_any(key, FREE)]
     changed = {key: _tell(key, old, new) for key in bound if old.get(key, _MISSING) != new.get(key, _MISSING)}
-    refused = {key: said for key, said in changed.items() if not _is_any(key, allowed)}
+    refused = {key: said for key, said in changed.items() if key in FIXED or not _is_any(key, allowed)}
     if refused:
-        raise InputError(
-            f"{out} holds another run: {'; '.join(refused.values())}; use its settings, or another --out, or accept "
-            f"the change: {ALLOW_FLAG} {' '.join(refused)}"
-        )
+        ways = "use its settings, or another --out"
+        if not refused.keys() & set(FIXED):
+            ways += f", or accept the change: {ALLOW_FLAG} {' '.join(refused)}"
+        raise InputError(f"{out} holds another run: {'; '.join(refused.values())}; {ways}")
     if changed and is_first():
         print(f"{out} goes on with changes that were allowed: {'; '.join(changed.values())}", flush=True)
 

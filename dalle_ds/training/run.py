@@ -5,6 +5,7 @@ config.json (kind, resolved configuration), ds_config.json (as used), metrics.js
 
 import hashlib
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,15 @@ from typing import Any
 
 from dalle_ds.config import InputError
 from dalle_ds.storage.files import read_json, replace_file
-from dalle_ds.storage.folders import CHECKPOINTS, check_format, complete_checkpoints, find_faults, read_marker
+from dalle_ds.storage.folders import (
+    CHECKPOINTS,
+    LINKS,
+    check_format,
+    complete_checkpoints,
+    find_faults,
+    read_marker,
+    set_aside_after,
+)
 from dalle_ds.training.agreement import from_first, gather, is_first, own_share
 from dalle_ds.training.changes import CONFIG
 
@@ -26,7 +35,8 @@ def open_run(out: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, or None to begin. Where there is a process group, every rank must call.
 
     resume: "auto" takes the newest complete checkpoint of the run folder, if there is one, whose files all have the
-    size and checksum with which they were written; those that have not are named in a warning, and left as they are.
+    size and checksum with which they were written; those that have not are named in a warning, and set aside once
+    the run goes on (`write_run`).
     "none" begins anew. What there is, the first rank sees; the others must see it too. Raises InputError when they do
     not, when "none" would write over a run, and when no checkpoint is whole.
     """
@@ -98,14 +108,18 @@ def fetched(resume: str, out: Path, fetch: Callable[[str, Path], None]) -> str:
     return "auto"
 
 
-def write_run(out: Path, documents: Mapping[str, Any]) -> None:
+def write_run(out: Path, documents: Mapping[str, Any], start: int = 0) -> None:
     """Makes the run folder, with its JSON files by name: config.json, ds_config.json; every rank must call.
 
-    The first rank writes. Raises InputError when others do not see it, as they could not save.
+    The run goes on from the checkpoint of step `start`, the newest whole one: later ones are set aside. The first rank
+    writes. Raises InputError when others do not see it, as they could not save.
     """
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
         (out / "samples").mkdir(exist_ok=True)
+        shutil.rmtree(out / LINKS, ignore_errors=True)  # what a killed run was copying
+        if start:
+            set_aside_after(out, start)
         for name, content in documents.items():
             replace_file(out / name, (json.dumps(content, indent=2) + "\n").encode())
     gather(None)  # the first one has written

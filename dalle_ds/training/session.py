@@ -16,6 +16,7 @@ from torch import nn
 
 from dalle_ds import __version__
 from dalle_ds.config import LoopConfig, require
+from dalle_ds.training.agreement import from_first
 from dalle_ds.training.averaging import ParameterAverage
 from dalle_ds.training.changes import CONFIG, DS_CONFIG, check_changes
 from dalle_ds.training.checkpoint import load_weights
@@ -25,7 +26,7 @@ from dalle_ds.training.distributed import Ranks
 from dalle_ds.training.engine import Engine, n_parameters, whole_model
 from dalle_ds.training.histograms import GradientHistograms
 from dalle_ds.training.loop import Batch, Step, train
-from dalle_ds.training.metrics import MetricsLog, training_progress
+from dalle_ds.training.metrics import MetricsLog, read_metrics, training_progress
 from dalle_ds.training.requests import Requests
 from dalle_ds.training.run import open_run, write_run
 from dalle_ds.training.run_state import RunState
@@ -77,8 +78,8 @@ class Stage:
     """parameter name -> number of its resblock, which has a gradient scale of its own"""
     upload: Callable[[Path], None] | None = None
     """what the first rank hands its checkpoints to, and does not wait for"""
-    init_from: Path | None = None
-    """checkpoint whose weights a new run begins with"""
+    init_from: Callable[[], Path] | None = None
+    """finds the checkpoint whose weights a new run begins with; a run that goes on does not ask"""
     write_files: Callable[[Path], None] = lambda run: None
     """run folder -> writes what else belongs into it, before the first step"""
 
@@ -101,10 +102,12 @@ def train_stage(
         micro_batch_size, _ = batch_sizes(ds_config, ranks.world_size, deepspeed_config)
         config = dataclasses.asdict(stage.config)
         description = {"kind": stage.kind, "version": __version__, "config": config, **stage.facts}
-        checkpoint = open_run(out, resume)
+        checkpoint, weights = open_run(out, resume), None
         if checkpoint is not None:
             check_changes(checkpoint, description, ds_config, ranks.world_size, allowed)
-        _train(stage, ranks, requests, watch, out, checkpoint, description, ds_config, micro_batch_size)
+        elif stage.init_from is not None:
+            weights = stage.init_from()
+        _train(stage, ranks, requests, watch, out, checkpoint, weights, description, ds_config, micro_batch_size)
 
 
 def _train(
@@ -114,6 +117,7 @@ def _train(
     watch: Watch,
     out: Path,
     checkpoint: Path | None,
+    weights: Path | None,
     description: dict[str, Any],
     ds_config: dict[str, Any],
     micro_batch_size: int,
@@ -121,15 +125,15 @@ def _train(
     loop = stage.loop
     reader = stage.open_reader(micro_batch_size)
     engine = build_engine(stage.build_model, ds_config, loop.seed, stage.lr_multiplier, stage.resblock_of)
-    if checkpoint is None and stage.init_from is not None:
-        load_weights(engine, stage.init_from)
+    if weights is not None:
+        load_weights(engine, weights)
     average = ParameterAverage(engine, stage.averaging, stage.averaging_every)
     versions = {"python": platform.python_version(), **installed_versions()}
     facts = {"n_parameters": n_parameters(engine), "world_size": ranks.world_size, "versions": versions}
     documents = {CONFIG: description | facts, DS_CONFIG: ds_config}
     state = RunState(engine, average, reader, stage.learning_rate, documents)
     start = 0 if checkpoint is None else state.restore(checkpoint)
-    write_run(out, documents)
+    write_run(out, documents, start)
     if ranks.is_first:
         stage.write_files(out)
     metrics = MetricsLog(out / "metrics.jsonl", start) if ranks.is_first else None
@@ -150,13 +154,19 @@ def _train(
         if stage.sample is not None:
             # Every rank draws, for the layers of a sharded model meet in each forward pass; the first one writes.
             with average.in_use(), whole_model(engine) as model:
-                stage.sample(model, out / "samples" / f"step-{step:08d}.png" if ranks.is_first else None)
+                stage.sample(model, out / "samples" / picture_name(step) if ranks.is_first else None)
 
     def save(step: int) -> None:
         path = state.save(out, step, loop)
         if ranks.is_first and stage.upload is not None:
             stage.upload(path)
 
+    if start == loop.steps:
+        # What the end of a run shows, where it died before.
+        lacks = from_first(lambda: _find_lacking(out, start), out)
+        for name, show in (("validation", evaluate), ("sample", sample)):
+            if name in lacks:
+                show(start)
     began = time.time()
     with closing(reader), training_progress(stage.kind, loop.steps, start, shown=ranks.is_first) as progress:
         train(
@@ -183,6 +193,17 @@ def _train(
         what = f"steps {start + 1} to {loop.steps}" if start < loop.steps else f"nothing to do, {start} steps are done"
         print(f"{out}: {what} in {time.time() - began:.0f} s", flush=True)
         warn_of_skipped(out)
+
+
+def _find_lacking(out: Path, step: int) -> list[str]:
+    """What of the validation and the pictures of a step there is none of."""
+    measured = {line["step"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "validation"}
+    has = {"validation": step in measured, "sample": (out / "samples" / picture_name(step)).exists()}
+    return [name for name, is_there in has.items() if not is_there]
+
+
+def picture_name(step: int) -> str:
+    return f"step-{step:08d}.png"
 
 
 def _open_histograms(engine: Engine, every: int, out: Path, start: int) -> GradientHistograms:

@@ -43,7 +43,11 @@ done
 
 # 85: saved because somebody asked. torchrun makes 1 of it. A job that is no longer RUNNING was cancelled, or is requeued.
 if [ "$code" = 85 ] || { [ "$asked" ] && [ "$code" != 0 ]; }; then
-    state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")
+    # Its controller may be busy.
+    for pause in 5 10 0; do
+        state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") && break
+        sleep "$pause"
+    done
     echo "asked to stop: exit code $code, job ${state:-gone}"
     [ "$state" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"
 fi
