@@ -20,13 +20,18 @@ def environment():
 
 def start(*command):
     """Runs a program as a user would, on the CPU, and returns what it printed."""
+    return run_program(command, environment())
+
+
+def run_program(command, env, timeout=TIMEOUT):
+    """Runs a program to its good end, and returns what it printed."""
     done = subprocess.run(
         [str(part) for part in command],
-        env=environment(),
+        env=env,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

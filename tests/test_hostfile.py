@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port
-from programs import ROOT, environment, read_lines
+from programs import environment, read_lines, run_program
 from test_launchers import SCRIPT, flags_of
 from test_preemption import LIMIT
 
@@ -66,16 +66,7 @@ def test_a_run_over_a_hostfile_is_the_run_on_one_machine(chain, ssh, tmp_path):
             "PDSH_SSH_ARGS_APPEND": arguments,
             "DS_ENV_FILE": str(tmp_path / ".deepspeed_env"),
         }
-        done = subprocess.run(
-            [str(part) for part in command],
-            env=variables,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_program(command, variables, LIMIT)
         losses[name] = [line["loss"] for line in read_lines(out, "train")]
         assert len(losses[name]) == 3
     assert losses["hostfile"] == losses["one"]

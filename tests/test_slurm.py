@@ -9,14 +9,13 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from helpers import free_port
-from programs import ROOT, assert_same_weights, environment, read_lines
+from programs import ROOT, assert_same_weights, environment, read_lines, run_program
 from test_preemption import LIMIT, STEPS, Run, last_step, small_batches
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
@@ -102,17 +101,7 @@ class Cluster:
 
     def call(self, *command):
         """What a program of SLURM says."""
-        done = subprocess.run(
-            [str(part) for part in command],
-            env=self.env,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return run_program(command, self.env, LIMIT)
 
     def wait_for(self, condition):
         deadline = time.monotonic() + LIMIT
