@@ -38,6 +38,7 @@ EXACT = 1e-12
 FULL = {"wire": "full", "errors": "full"}
 # Half a step of 9 bits of significand.
 CODED_ROUNDING = 2.0**-10
+WIRE_BYTES = {"full": 4, "float16": 2, "bfloat16": 2, "1-6-9": 2}
 
 
 def powersgd(matrix_rank, **options):
@@ -203,6 +204,16 @@ def spikes(rank, n, group):
                 gradients = {name: torch.full_like(gradient, 15_000.0) for name, gradient in gradients.items()}
             norms[start].append(float(compressor.reduce_(gradients, group).squared_norm.sqrt()))
     return norms
+
+
+def wires(rank, n, group):
+    """What comes out by wire, with the scales that suit it, of gradients of the size of training's."""
+    results = {}
+    for wire in WIRE_BYTES:
+        gradients = draw(0, rank, dtype=torch.float32, scale=1e-3)
+        powersgd(4, wire=wire, errors="full").reduce_(gradients, group)
+        results[wire] = {name: gradients[name] for name in MATRICES}
+    return results
 
 
 BAD, GOOD, SPOILED = "layers.1.attention.query", "layers.1.attention.key", 1
@@ -371,6 +382,7 @@ SCENARIOS = {
         degenerate,
         faults,
         spikes,
+        wires,
         resume,
         resume_on_as_many,
         counted_bytes,
@@ -493,6 +505,14 @@ def test_zeros_ones_and_ill_conditioned_gradients_stay_finite(ranks, label):
             )
 
 
+def test_factors_travel_in_every_format_in_its_own_range(ranks):
+    tolerances = {"full": 0.0, "float16": 5e-3, "bfloat16": 2e-2, "1-6-9": 5e-3}
+    for results in ranks(wires):
+        for wire, tolerance in tolerances.items():
+            for name, expected in results["full"].items():
+                assert (results[wire][name] - expected).norm() <= tolerance * expected.norm(), (wire, name)
+
+
 def test_a_gradient_as_large_as_errors_may_be_spoils_no_update(ranks):
     """An error that is finite and does not travel would stay, and every update to come would be skipped."""
     for norms in ranks(spikes):
@@ -547,9 +567,6 @@ def test_a_run_that_resumes_is_the_run_that_went_on_bit_for_bit(ranks):
     for went_on, resumed, *states in ranks(resume_on_as_many):
         assert all(went_on[name].equal(resumed[name]) for name in SHAPES)
         assert all(states[0][name].equal(states[1][name]) for name in MATRICES), "to save is no part of training"
-
-
-WIRE_BYTES = {"full": 4, "float16": 2, "bfloat16": 2, "1-6-9": 2}
 
 
 @pytest.mark.parametrize("wire", WIRE_BYTES)
@@ -668,7 +685,7 @@ def test_saturation_is_no_way_to_hide_an_overflow_of_the_errors():
         ({"matrix_rank": 4, "start": "cold"}, "start 'cold' is unknown; known are fixed, warm, resampled"),
         ({"matrix_rank": 4, "wire": "morse"}, "wire 'morse' is unknown"),
         ({"matrix_rank": 4, "errors": "none"}, "errors 'none' is unknown"),
-        ({"matrix_rank": 4, "p_scale": 0.0}, "p_scale 0.0 must be above 0"),
+        ({"matrix_rank": 4, "p_scale": -1.0}, "p_scale -1.0 must be above 0, or 0 for what suits the wire"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, words):

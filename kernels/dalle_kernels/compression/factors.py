@@ -18,10 +18,10 @@ from dalle_kernels.compression.orthogonalize import EPSILON, orthogonalize
 from dalle_kernels.compression.wire import WIRES, largest
 
 STARTS = ("fixed", "warm", "resampled")
-# Takes P and Q, whose entries are about as large as norms of rows, into 1-6-9's range: up to 2**24, normal down to
-# 2**-38. So an error that its buffer holds (errors.py) always travels; one that did not would stay, and spoil every
-# update to come. The paper chooses such constants by hand (Appendix D).
-FACTOR_SCALE = 2.0**-20
+# By wire: what takes P and Q, whose entries are about as large as norms of rows, into its range. In 1-6-9 up to 2**24,
+# normal down to 2**-38, so that an error that its buffer holds (errors.py) always travels; one that did not would stay,
+# and spoil every update to come. The paper chooses such constants by hand (Appendix D).
+FACTOR_SCALES = {"1-6-9": 2.0**-20, "float16": 2.0**-6, "bfloat16": 1.0, "full": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,8 @@ class PowerSGDOptions:
 
     `start`: Q0 is "fixed", the last Q ("warm"), or "resampled" at each update; the last two are there to compare.
     `wire` is the format in which factors travel and wait, `errors` that in which errors are kept; `p_scale` and
-    `q_scale` are what factors are multiplied by meanwhile. Shards of a matrix may differ in `seed`; machines must not.
+    `q_scale` are what factors are multiplied by meanwhile, 0 for what suits the wire. Shards of a matrix may differ in
+    `seed`; machines must not.
     """
 
     matrix_rank: int
@@ -41,15 +42,15 @@ class PowerSGDOptions:
     error_feedback: bool = True
     wire: str = "1-6-9"
     errors: str = "1-6-9"
-    p_scale: float = FACTOR_SCALE
-    q_scale: float = FACTOR_SCALE
+    p_scale: float = 0.0
+    q_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.n_shards < 1 or self.matrix_rank < 1 or self.matrix_rank % self.n_shards:
             raise ValueError(f"matrix_rank {self.matrix_rank} must be a positive multiple of n_shards {self.n_shards}")
         for name in ("p_scale", "q_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be above 0, or 0 for what suits the wire")
         check_choice("start", self.start, STARTS)
         check_choice("wire", self.wire, WIRES)
         check_choice("errors", self.errors, ERROR_BUFFERS)
@@ -61,6 +62,12 @@ class PowerSGDOptions:
     @property
     def shard_rank(self) -> int:
         return self.matrix_rank // self.n_shards
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Of P and of Q."""
+        default = FACTOR_SCALES[self.wire]
+        return self.p_scale or default, self.q_scale or default
 
 
 def n_factor_entries(rows: int, columns: int, shard_rank: int) -> int:
@@ -78,6 +85,7 @@ class Batch:
     def __init__(self, names: tuple[str, ...], zeros: Tensor, options: PowerSGDOptions) -> None:
         """`zeros` has the shape, dtype and device of the error buffer, and becomes that where it is kept in full."""
         self.names, self.options = names, options
+        self.p_scale, self.q_scale = options.scales
         _, rows, columns = zeros.shape
         self.is_transposed = rows > columns
         self.shape = max(rows, columns), min(options.shard_rank, rows, columns)  # of Q
@@ -136,7 +144,7 @@ class Batch:
     def take_p(self, p: Tensor) -> None:
         """Steps 4 and 5."""
         self.factors_finite = p.isfinite().flatten(1).all(1)
-        self.p = self._keep(orthogonalize(self._clamp(p, self.options.p_scale), self.options.epsilon))
+        self.p = self._keep(orthogonalize(self._clamp(p, self.p_scale), self.options.epsilon))
 
     def make_q(self) -> Tensor:
         """Step 6."""
@@ -147,7 +155,7 @@ class Batch:
     def take_q(self, q: Tensor) -> None:
         """Step 7."""
         self.factors_finite = self.factors_finite & q.isfinite().flatten(1).all(1)
-        self.q = self._keep(self._clamp(q, self.options.q_scale), self.options.q_scale)
+        self.q = self._keep(self._clamp(q, self.q_scale), self.q_scale)
 
     def local_flags(self) -> Tensor:
         """1 for each matrix that is not finite on this machine."""

@@ -94,7 +94,7 @@ class PowerSGD:
     def send(self, block: str, group: Group) -> None:
         """Sends P. Meanwhile the P of the resblock before has arrived: its Q is made, and sent."""
         batches = self._batches[block]
-        average = self._send([batch.make_p(self.n_updates) for batch in batches], group, self.options.p_scale)
+        average = self._send([batch.make_p(self.n_updates) for batch in batches], group, self.options.scales[0])
         self._answer(group)
         self._update.p = batches, average
         self._update.sent.add(block)
@@ -199,7 +199,8 @@ class PowerSGD:
         (members, average), self._update.p = self._update.p, None
         for batch, p in zip(members, average.wait(), strict=True):
             batch.take_p(p)
-        self._update.q.append((members, self._send([batch.make_q() for batch in members], group, self.options.q_scale)))
+        factors = [batch.make_q() for batch in members]
+        self._update.q.append((members, self._send(factors, group, self.options.scales[1])))
 
 
 @dataclass
