@@ -25,7 +25,7 @@ from dalle_ds.storage.files import PARTIAL, Record, measure, write_json
 from dalle_ds.storage.folders import SHARDS, read_marker
 from dalle_ds.storage.pieces import AVERAGE, WEIGHT, Entry, Piece, PieceReader, write_pieces, write_tensors
 from dalle_ds.training import engine_state
-from dalle_ds.training.agreement import own_share, together
+from dalle_ds.training.agreement import is_first, own_share, together
 from dalle_ds.training.engine import Engine
 from dalle_ds.training.whole_weights import fill_model
 
@@ -64,20 +64,20 @@ def save_checkpoint(
         records = {name: record for own in parts for name, record in own.items()}
         together(lambda: _read_again(partial, {name: records[name] for name in own_share(records)}), partial)
         written = {"step": step, "world_size": dist.get_world_size(), "files": records}
-        together(lambda: folders.publish(partial, written) if dist.get_rank() == 0 else None, partial)
+        together(lambda: folders.publish(partial, written) if is_first() else None, partial)
     except BaseException:
         # Every rank has failed, or is ended: nobody writes there any more.
-        if dist.get_rank() == 0:
+        if is_first():
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if dist.get_rank() == 0:
+    if is_first():
         folders.retain(run, step, keep, keep_every)
     dist.barrier()
     return partial.with_name(partial.name.removesuffix(PARTIAL))
 
 
 def _begin(run: Path, step: int) -> None:
-    if dist.get_rank() == 0:
+    if is_first():
         folder = folders.begin(run, step)
         for name in (SHARDS, RANKS):
             (folder / name).mkdir()
@@ -100,7 +100,7 @@ def _write_own(
         name, own = _rank_file(), dict(sorted(rank_state.items(), key=lambda item: -item[1].dtype.itemsize))
         entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in own.items()]
         records[name] = write_tensors(folder / name, entries, own.values())
-    if dist.get_rank() == 0:
+    if is_first():
         records |= {name: write_json(folder / name, content) for name, content in documents.items()}
     return records
 
@@ -123,15 +123,12 @@ def load_checkpoint(
     folders.check_format(folder)
     state = json.loads((folder / STATE).read_text())
 
-    def fill() -> None:
-        with folders.open_pieces(folder) as pieces:
-            pieces.check_fit(engine_state.sizes(engine))
-            engine_state.put_pieces(engine, pieces)
-            engine_state.put_counters(engine, json.loads((folder / ENGINE).read_text()))
-            load(state, pieces)
+    def take(pieces: PieceReader) -> None:
+        engine_state.put_pieces(engine, pieces)
+        engine_state.put_counters(engine, json.loads((folder / ENGINE).read_text()))
+        load(state, pieces)
 
-    together(fill, folder)
-    fill_model(engine)
+    _fill(engine, folder, take)
     return read_marker(folder)["step"], state
 
 
@@ -142,10 +139,19 @@ def load_weights(engine: Engine, folder: Path) -> None:
     """
     folders.check_format(folder)
 
+    def take(pieces: PieceReader) -> None:
+        engine_state.put_weights(engine, pieces, AVERAGE if pieces.has(AVERAGE) else WEIGHT)
+
+    _fill(engine, folder, take)
+
+
+def _fill(engine: Engine, folder: Path, take: Callable[[PieceReader], None]) -> None:
+    """Has each rank take its own of a checkpoint's pieces, and the model what the optimizers then hold."""
+
     def fill() -> None:
         with folders.open_pieces(folder) as pieces:
             pieces.check_fit(engine_state.sizes(engine))
-            engine_state.put_weights(engine, pieces, AVERAGE if pieces.has(AVERAGE) else WEIGHT)
+            take(pieces)
 
     together(fill, folder)
     fill_model(engine)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.training.agreement import is_first
 from dalle_ds.training.engine import Engine
 from dalle_ds.training.gradient_path import Unscaling
 from dalle_ds.training.metrics import MetricsLog
@@ -64,7 +65,7 @@ class GradientHistograms:
     def of(cls, engine: Engine, every: int, log: MetricsLog | None) -> "GradientHistograms":
         """For an engine's gradients: where each rank sees all of the mean over ranks, the first counts alone."""
         is_same = engine.zero_optimization_stage() == 0 and engine.extras.path is None
-        counts = not is_same or dist.get_rank() == 0
+        counts = not is_same or is_first()
         return cls(every, engine.extras.n_resblocks, engine.device, log, counts=counts)
 
     def is_due(self, step: int) -> bool:

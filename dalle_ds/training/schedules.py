@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.config import PriorScheduleConfig
+from dalle_ds.training.agreement import is_first
 
 HALF = 0.5
 
@@ -158,8 +159,7 @@ class PlateauRate:
         # A run that followed another rule has no more than halvings by hand.
         self.n_halved, self.n_bad, self.best = state["n_halved"], state.get("n_bad", 0), state.get("best")
         # One rank goes on with what all had seen: the sum is the same, for any number of ranks.
-        holds = not dist.is_initialized() or dist.get_rank() == 0
-        self.seen = torch.tensor(state.get("seen", [0.0, 0.0]) if holds else [0.0, 0.0], dtype=torch.float64)
+        self.seen = torch.tensor(state.get("seen", [0.0, 0.0]) if is_first() else [0.0, 0.0], dtype=torch.float64)
 
 
 def prior_learning_rate(schedule: PriorScheduleConfig) -> LearningRate:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dalle_ds import __version__
 from dalle_ds.config import LoopConfig, require
-from dalle_ds.training.agreement import from_first
+from dalle_ds.training.agreement import from_first, is_first
 from dalle_ds.training.averaging import ParameterAverage
 from dalle_ds.training.changes import CONFIG, DS_CONFIG, check_changes
 from dalle_ds.training.checkpoint import load_weights
@@ -211,7 +210,7 @@ def _open_histograms(engine: Engine, every: int, out: Path, start: int) -> Gradi
         every == 0 or engine.extras.unscaling is not None,
         'histogram_every looks at gradients on their way: add the section "mixed_precision": {} to the DeepSpeed JSON',
     )
-    log = MetricsLog(out / "histograms.jsonl", start) if every and dist.get_rank() == 0 else None
+    log = MetricsLog(out / "histograms.jsonl", start) if every and is_first() else None
     return GradientHistograms.of(engine, every, log)
 
 

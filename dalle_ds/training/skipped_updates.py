@@ -29,23 +29,23 @@ class SkippedUpdates:
         if self.n_in_a_row == 1 and events is not None:
             self._events_before = events.clone()
         if self.n_in_a_row % MANY == 0 and is_first():
-            path = self.engine.extras.path
-            matrices = [] if path is None else path.spoiled()
-            print(f"warning: {_tell(step, self.n_in_a_row, events, self._events_before, matrices)}", flush=True)
+            said = f"the last {self.n_in_a_row} updates were skipped, up to step {step}"
+            print(f"warning: {said}: their gradients were not finite{self._where(events)}", flush=True)
 
-
-def _tell(step: int, n: int, events: Tensor | None, before: Tensor | None, matrices: list[str]) -> str:
-    said = f"the last {n} updates were skipped, up to step {step}: their gradients were not finite"
-    blocks = [] if events is None or before is None else (events > before).nonzero().flatten().tolist()
-    if matrices and not blocks:
-        return (
-            f"{said} in the sums and averages of {_name(matrices)}; lower the learning rate, look at the data, or keep "
-            "them in full (gradient_compression.errors and wire, data_types.grad_accum_dtype)"
-        )
-    if events is None or before is None:
-        return f"{said}; lower the learning rate, and look at the data"
-    where = f"in resblocks {_name(blocks)}" if blocks else "outside all resblocks"
-    return f"{said}, {where}; lower the learning rate or resblock_gradient_scaling.lowest_scale, or look at the data"
+    def _where(self, events: Tensor | None) -> str:
+        """In what they were not finite, and what to do."""
+        path, before = self.engine.extras.path, self._events_before
+        blocks = [] if events is None or before is None else (events > before).nonzero().flatten().tolist()
+        matrices = [] if path is None or blocks else path.spoiled()
+        if matrices:
+            return (
+                f" in the sums and averages of {_name(matrices)}; lower the learning rate, look at the data, or keep "
+                "them in full (gradient_compression.errors and wire, data_types.grad_accum_dtype)"
+            )
+        if events is None:
+            return "; lower the learning rate, and look at the data"
+        where = f"in resblocks {_name(blocks)}" if blocks else "outside all resblocks"
+        return f", {where}; lower the learning rate or resblock_gradient_scaling.lowest_scale, or look at the data"
 
 
 def _name(things: Sequence[object]) -> str:
