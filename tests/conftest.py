@@ -61,6 +61,15 @@ def run_here(*arguments):
     assert main([str(argument) for argument in arguments]) == 0
 
 
+def refusal(capsys, *command):
+    """The one line that a command says of bad input."""
+    capsys.readouterr()
+    assert main([str(word) for word in command]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
 def run_in_ranks(world_size, *commands):
     """The commands one after the other on all ranks; returns the standard output and error of each, of rank 0."""
     by_rank = run_distributed(call_commands, world_size, *commands)

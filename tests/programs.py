@@ -10,6 +10,7 @@ from helpers import free_port, read_weights
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 180  # seconds, of which a command here takes ten
+LIMIT = 120  # seconds that a run may need to begin, or to end, on a busy machine
 
 
 def environment():
@@ -44,19 +45,35 @@ def launcher(n):
     return [deepspeed, "--quiet", "--master_port", free_port(), "--num_accelerators", n]
 
 
-def start_ranks(command, world_size):
+class Ranks:
     """A command on ranks of its own, without a launcher, so that each can be signalled or may hang by itself."""
-    return [
-        subprocess.Popen(
-            [str(part) for part in command],
-            env={**environment(), **variables},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for variables in rank_variables(world_size)
-    ]
+
+    def __init__(self, command, world_size):
+        self.ranks = [
+            subprocess.Popen(
+                [str(part) for part in command],
+                env={**environment(), **variables},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for variables in rank_variables(world_size)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for rank in self.ranks:
+            rank.kill()
+            rank.communicate()
+
+    def ended(self, but=None):
+        """The exit codes and what was said, by rank, of all but one."""
+        ending = [rank for number, rank in enumerate(self.ranks) if number != but]
+        said = [rank.communicate(timeout=LIMIT)[0] for rank in ending]
+        return [rank.returncode for rank in ending], said
 
 
 def rank_variables(world_size):

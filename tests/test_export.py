@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-from conftest import run_here, run_in_ranks
+from conftest import refusal, run_here, run_in_ranks
 from helpers import read_weights
 from safetensors.torch import load_file, save_file
 
-from dalle_ds.cli import main
 from dalle_ds.commands.export import validation_of
 from dalle_ds.models.weights import find_weights, fingerprint
 from dalle_ds.storage.files import measure
@@ -110,33 +109,25 @@ def test_the_figures_of_the_card_are_those_of_the_step_that_is_exported(tmp_path
     assert validation_of(tmp_path, 9) == validation_of(tmp_path / "nowhere", 3) == {}
 
 
-def refused(capsys, *command):
-    capsys.readouterr()
-    assert main([str(word) for word in command]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
-
-
 @pytest.mark.slow
 def test_what_is_wrong_is_said_in_one_line_and_leaves_nothing(chain, exported, tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
-    assert "is no run folder" in refused(capsys, "export", tmp_path, *out)
-    assert "is not empty" in refused(capsys, "export", chain / "prior", "--out", exported)
-    assert "is not what `dalle-ds export` writes" in refused(capsys, "import-model", tmp_path, *out)
-    assert "already holds a run" in refused(capsys, "import-model", exported / "dvae", "--out", chain / "dvae")
+    assert "is no run folder" in refusal(capsys, "export", tmp_path, *out)
+    assert "is not empty" in refusal(capsys, "export", chain / "prior", "--out", exported)
+    assert "is not what `dalle-ds export` writes" in refusal(capsys, "import-model", tmp_path, *out)
+    assert "already holds a run" in refusal(capsys, "import-model", exported / "dvae", "--out", chain / "dvae")
     spoilt = tmp_path / "spoilt"
     spoilt.mkdir()
     settings = json.loads((exported / "dvae/config.json").read_text())
     (spoilt / "config.json").write_text(json.dumps(settings))
-    assert "no such file" in refused(capsys, "import-model", spoilt, *out)
+    assert "no such file" in refusal(capsys, "import-model", spoilt, *out)
     weights = load_file(exported / "dvae/model.safetensors")
     weights.popitem()
     save_file(weights, spoilt / "model.safetensors")
-    assert "its SHA-256 differs" in refused(capsys, "import-model", spoilt, *out)
+    assert "its SHA-256 differs" in refusal(capsys, "import-model", spoilt, *out)
     settings["sha256"] = measure(spoilt / "model.safetensors")["sha256"]
     (spoilt / "config.json").write_text(json.dumps(settings))
-    assert "does not fit its config.json" in refused(capsys, "import-model", spoilt, *out)
+    assert "does not fit its config.json" in refusal(capsys, "import-model", spoilt, *out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spoilt"]
 
 
@@ -148,5 +139,5 @@ def test_a_damaged_checkpoint_is_not_exported(chain, tmp_path, capsys):
     content = shard.read_bytes()
     for damaged, said in ((content[:-5] + b"spoil", "has another checksum"), (content[:200], "has 200 bytes")):
         shard.write_bytes(damaged)
-        assert said in refused(capsys, "export", run, "--out", tmp_path / "out")
+        assert said in refusal(capsys, "export", run, "--out", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["run"]

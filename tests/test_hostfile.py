@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port
-from programs import environment, read_lines, run_program
+from programs import LIMIT, environment, read_lines, run_program
 from test_launchers import SCRIPT, flags_of
-from test_preemption import LIMIT
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 MISSING = [name for name in ("pdsh", "ssh", "ssh-keygen") if shutil.which(name) is None] + ["sshd"] * (SSHD is None)

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import free_port
-from programs import ROOT, environment, read_lines
-from test_preemption import LIMIT, last_step, small_batches
+from programs import LIMIT, ROOT, environment, read_lines
+from test_preemption import last_step, small_batches
 
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "launch/train_prior.py"

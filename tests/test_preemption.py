@@ -6,12 +6,11 @@ import sys
 import time
 
 import pytest
-from programs import ROOT, assert_same_weights, read_lines, start_ranks
+from programs import LIMIT, ROOT, Ranks, assert_same_weights, read_lines
 
 from dalle_ds.training.metrics import read_metrics
 
 STEPS, BATCH = 100, 4
-LIMIT = 120  # seconds that a run may need to begin, or to end, on a busy machine
 
 
 def last_step(out):
@@ -26,7 +25,7 @@ def small_batches(folder):
     return folder / "small.json"
 
 
-class Run:
+class Run(Ranks):
     """Two ranks of launch/train_prior.py, without a launcher, so that each can be signalled by itself."""
 
     def __init__(self, chain, out, *flags):
@@ -34,15 +33,7 @@ class Run:
         command = [sys.executable, ROOT / "launch/train_prior.py"]
         command += chain.train_prior(out, "--loop.steps", STEPS, "--resume", "auto", *flags)[1:]
         command += ["--deepspeed_config", small_batches(chain.root)]
-        self.ranks = start_ranks(command, 2)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for rank in self.ranks:
-            rank.kill()
-            rank.communicate()
+        super().__init__(command, 2)
 
     def wait_for_step(self, step):
         deadline = time.monotonic() + LIMIT
@@ -50,11 +41,6 @@ class Run:
             assert time.monotonic() < deadline, f"no step {step} after {LIMIT} s"
             assert all(rank.poll() is None for rank in self.ranks), self.ended()
             time.sleep(0.02)
-
-    def ended(self):
-        """The exit codes and what was said, by rank."""
-        said = [rank.communicate(timeout=LIMIT)[0] for rank in self.ranks]
-        return [rank.returncode for rank in self.ranks], said
 
 
 # Signals, and the rank that gets each: one is enough, a second one is not fatal, and all ranks get them under SLURM.

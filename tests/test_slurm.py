@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from helpers import free_port
-from programs import ROOT, assert_same_weights, environment, read_lines, run_program
-from test_preemption import LIMIT, STEPS, Run, last_step, small_batches
+from programs import LIMIT, ROOT, assert_same_weights, environment, read_lines, run_program
+from test_preemption import STEPS, Run, last_step, small_batches
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import CONFIGS, run_here, run_in_ranks
+from conftest import CONFIGS, refusal, run_here, run_in_ranks
 from helpers import call_commands, read_weights, run_distributed
 from PIL import Image
 
-from dalle_ds.cli import main
 from dalle_ds.config import InputError
 from dalle_ds.storage.folders import complete_checkpoints
 
@@ -166,25 +165,17 @@ def test_training_may_begin_at_imported_weights_under_zero_3(chain, far_from_its
     assert [line["step"] for line in lines_of(run, "train")] == [1, 2, 3]
 
 
-def refusal(capsys, command):
-    capsys.readouterr()
-    assert main([str(word) for word in command]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
-
-
 @pytest.mark.slow
 def test_weights_of_another_model_or_of_other_tokens_are_refused(chain, far_from_its_average, tmp_path, capsys):
     imported = far_from_its_average / "averaged"
     start, out = ["--init_from", imported], tmp_path / "run"
-    said = refusal(capsys, chain.train_prior(out, *start, "--model.n_layer", 3))
+    said = refusal(capsys, *chain.train_prior(out, *start, "--model.n_layer", 3))
     assert f"--init_from {imported} is another model: pass --model.n_layer 2" in said
-    assert "is no run folder" in refusal(capsys, chain.train_prior(out, "--init_from", tmp_path))
-    assert "holds a dvae" in refusal(capsys, chain.train_prior(out, "--init_from", chain / "dvae"))
+    assert "is no run folder" in refusal(capsys, *chain.train_prior(out, "--init_from", tmp_path))
+    assert "holds a dvae" in refusal(capsys, *chain.train_prior(out, "--init_from", chain / "dvae"))
     other = tmp_path / "other.model"
     run_here("train-tokenizer", "--data", chain / "scenes/held_out", "--out", other, "--vocab_size", 380)
-    said = refusal(capsys, chain.train_prior(out, *start, tokenizer=other))
+    said = refusal(capsys, *chain.train_prior(out, *start, tokenizer=other))
     assert "was trained with another --tokenizer: use those it had" in said
     assert not out.exists()
 

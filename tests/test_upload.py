@@ -11,9 +11,9 @@ import time
 import boto3
 import pytest
 import torch
-from programs import ROOT, start, start_ranks
+from programs import LIMIT, ROOT, Ranks, start
 from s3_faults import S3Server
-from test_preemption import LIMIT, last_step, small_batches
+from test_preemption import last_step, small_batches
 
 from dalle_ds.config import InputError, Preempted, ReadConfig
 from dalle_ds.data import s3, upload
@@ -428,27 +428,17 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start_slow_ranks(world_size, seconds, command):
+def slow_ranks(world_size, seconds, command):
     """`dalle-ds` on ranks of its own, each of whose copies takes so long a file."""
-    program = [sys.executable, "-c", SLOW.format(seconds=seconds)]
-    return start_ranks([*program, *command], world_size)
-
-
-def ended(ranks):
-    try:
-        said = [rank.communicate(timeout=LIMIT)[0] for rank in ranks]
-        return [rank.returncode for rank in ranks], said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    return Ranks([sys.executable, "-c", SLOW.format(seconds=seconds), *command], world_size)
 
 
 @pytest.mark.slow
 def test_a_copy_that_takes_longer_than_ranks_wait_for_each_other_is_no_failure(bucket, chain, tmp_path):
     """Bug: the others waited for it in a collective, which ended them, and the watch named a healthy rank."""
     command = chain.train_prior(tmp_path / "run", "--loop.upload", URL, "--loop.timeout_minutes", "0.1")
-    codes, said = ended(start_slow_ranks(2, 2.0, command))  # nine files, a limit of six seconds
+    with slow_ranks(2, 2.0, command) as ranks:  # nine files, a limit of six seconds
+        codes, said = ranks.ended()
     assert codes == [0, 0], said
     assert "error" not in "".join(said)
     assert "runs/a/checkpoints/step-00000003/complete.json" in keys(bucket)
@@ -462,15 +452,16 @@ def test_a_run_that_is_asked_to_stop_copies_its_last_checkpoint_or_says_that_it_
     """Bug: it did not, and said nothing."""
     out = tmp_path / "run"
     flags = ["--deepspeed_config", small_batches(chain.root), "--loop.steps", "100000", "--loop.upload", URL]
-    ranks = start_slow_ranks(1, seconds, chain.train_prior(out, *flags))
-    deadline = time.monotonic() + LIMIT
-    while last_step(out) < 3:
-        assert time.monotonic() < deadline
-        assert ranks[0].poll() is None, ended(ranks)
-        time.sleep(0.02)
-    ranks[0].send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    [code], [said] = ended(ranks)
+    with slow_ranks(1, seconds, chain.train_prior(out, *flags)) as run:
+        [rank] = run.ranks
+        deadline = time.monotonic() + LIMIT
+        while last_step(out) < 3:
+            assert time.monotonic() < deadline
+            assert rank.poll() is None, run.ended()
+            time.sleep(0.02)
+        rank.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        [code], [said] = run.ended()
     assert time.monotonic() - began < upload.LAST_SECONDS + 20
     assert code == 85, said
     step = last_step(out)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from helpers import run_distributed
-from programs import ROOT, start_ranks
+from programs import LIMIT, ROOT, Ranks
 from test_preemption import last_step, small_batches
 
 from dalle_ds.training.watch import Standing, verdict
@@ -28,28 +28,6 @@ with process_group(0.1) as ranks, Watch(0.1) as watch:
             sleep_in_a_step() if sys.argv[1] == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce(torch.ones(1))
 """
-LIMIT = 120  # seconds, of which this needs thirty
-
-
-class Ranks:
-    """A command on ranks of its own, of which one may never end by itself."""
-
-    def __init__(self, command, world_size):
-        self.processes = start_ranks(command, world_size)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
-
-    def ended(self, but=None):
-        """The exit codes and what was said, of all but one."""
-        ending = [process for rank, process in enumerate(self.processes) if rank != but]
-        said = [process.communicate(timeout=LIMIT)[0] for process in ending]
-        return [process.returncode for process in ending], said
 
 
 @pytest.mark.slow
@@ -98,9 +76,9 @@ def test_a_training_run_whose_first_rank_is_stopped_ends_and_says_why(chain, tmp
         deadline = time.monotonic() + LIMIT
         while last_step(out) < 3:
             assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in ranks.processes), ranks.ended()
+            assert all(process.poll() is None for process in ranks.ranks), ranks.ended()
             time.sleep(0.02)
-        ranks.processes[0].send_signal(signal.SIGSTOP)
+        ranks.ranks[0].send_signal(signal.SIGSTOP)
         codes, said = ranks.ended(but=0)
     assert codes == [1, 1], said
     for rank, text in enumerate(said, 1):
